@@ -1,0 +1,74 @@
+"""From scores to the tokens that stay: protection, ranking, and division among heads."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cacheplan.types import KVAction
+
+
+def recent_tokens(action: KVAction, count: int) -> int:
+    """How many of `count` kept tokens are reserved for the newest ones."""
+    return min(count, max(action.recent, int(action.recent_share * count)))
+
+
+def ranked(scores: Tensor, *, sinks: int, recent: int) -> Tensor:
+    """Order tokens from the first to keep to the first to drop, `[..., S]` int64.
+
+    The newest `recent` come first (newest leading), then the first `sinks`, then the rest by
+    score; equal scores keep the older token, so smaller choices are subsets of larger ones.
+    """
+    S = scores.shape[-1]
+    order = scores.argsort(dim=-1, descending=True, stable=True)
+    place = torch.empty_like(order)
+    place.scatter_(-1, order, torch.arange(S, device=scores.device).expand_as(order))
+    index = torch.arange(S, device=scores.device)
+    place = torch.where(index < sinks, index - S, place)
+    place = torch.where(index >= S - recent, S - 1 - index - 2 * S, place)
+    return place.argsort(dim=-1)
+
+
+def adaptive_counts(scores: Tensor, count: int, action: KVAction) -> Tensor:
+    """Divide `K * count` tokens of a layer among its heads, `[B, K]` int64.
+
+    Every head gets its protected tokens and the share `floor` of the rest of an equal division;
+    what remains goes to the best scores of the whole layer (AdaKV, arXiv 2407.11550, eq. 5;
+    floor-then-fill conserves the sum, which the authors' floor and round does not).
+    """
+    B, K, S = scores.shape
+    recent = recent_tokens(action, count)
+    sinks = min(action.sinks, count - recent)
+    protected = recent + sinks
+    sure = protected + int(action.floor * (count - protected))
+    order = ranked(scores, sinks=sinks, recent=recent)
+    claimed = torch.zeros_like(scores, dtype=torch.bool)
+    claimed.scatter_(-1, order[..., :sure], True)
+    rest = scores.masked_fill(claimed, float("-inf")).reshape(B, K * S)
+    best = rest.argsort(dim=-1, descending=True, stable=True)[:, : K * (count - sure)]
+    counts = torch.full((B, K), sure, device=scores.device)
+    return counts.scatter_add_(1, best // S, torch.ones_like(best))
+
+
+def kept_tokens(scores: Tensor, counts: list[int], action: KVAction) -> list[Tensor]:
+    """Choose the tokens of every row: ascending indices, row `b * K + h` at that place.
+
+    `scores` `[B, K, S]`; `counts` `[K]` tokens per kv head.
+    """
+    B, K, _ = scores.shape
+    rows = [counts] * B
+    if action.share == "layer":
+        scores = scores.mean(1, keepdim=True).expand_as(scores)
+    if action.split == "adaptive":
+        rows = adaptive_counts(scores, counts[0], action).tolist()
+    orders: dict[int, Tensor] = {}  # by protected recent tokens: they may depend on the count
+    kept = []
+    for b in range(B):
+        for h in range(K):
+            count = rows[b][h]
+            # an adaptive head protects the window of the equal division
+            recent = recent_tokens(action, counts[h] if action.split == "adaptive" else count)
+            if recent not in orders:
+                orders[recent] = ranked(scores, sinks=action.sinks, recent=recent)
+            kept.append(orders[recent][b, h, :count].sort().values)
+    return kept

@@ -1,0 +1,163 @@
+"""The plan: what is done at every site, why, under which budget, and how sure we are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from cacheplan.types.model import ModelSpec, Site
+from cacheplan.types.scorers import Position, Scorer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Precision:
+    """How numbers of one tensor are stored.
+
+    `format` "model" keeps the model's own type.  "int" and "float" formats of `bits` share one
+    scale per `axis` ("tensor", "token" or "channel") in groups of `group`; the newest
+    `residual` tokens stay in the model's type.  Only "model" can be run so far.
+    """
+
+    format: str = "model"
+    bits: int = 16
+    axis: str = "token"
+    group: int | None = None
+    residual: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class KVAction:
+    """What happens to the KV cache of one site once the prompt has been read.
+
+    `keep` is the fraction of tokens whose keys and values stay.  Always kept, as far as the
+    number of tokens allows: the newest `recent` (or the share `recent_share` of the kept
+    tokens, whichever is more), then the first `sinks`.  The rest is filled by `scorer`.
+
+    `share` says who chooses together: "head" (each kv head its own tokens), "layer" (one set of
+    tokens for all heads of the layer, by mean score).  `split` says how a layer's tokens are
+    divided when the site covers all heads: "equal", or "adaptive" (AdaKV: the best scores of
+    the whole layer win, after each head has taken `floor` of its equal part).
+    """
+
+    keep: float
+    scorer: Scorer = field(default_factory=Position)
+    sinks: int = 0
+    recent: int = 0
+    recent_share: float = 0.0
+    share: str = "head"
+    split: str = "equal"
+    floor: float = 0.0
+    losers: str = "evict"  # "merge", "demote" and "offload" are named by the format, not yet run
+    key: Precision = field(default_factory=Precision)
+    value: Precision = field(default_factory=Precision)
+    rank: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureAction:
+    """What a diffusion site does at one step; part of the format, not yet run."""
+
+    do: str  # "compute", "reuse", "forecast" or "skip"
+    order: int = 0
+    basis: str = "hold"
+    correction: str | None = None
+    gate: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightAction:
+    """Number format of a weight or activation; part of the format, not yet run."""
+
+    weight: Precision = field(default_factory=Precision)
+    activation: Precision = field(default_factory=Precision)
+
+
+Action = KVAction | FeatureAction | WeightAction
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    site: Site
+    action: Action
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trigger:
+    """When tokens are evicted: always after the prompt, and every `decode_every` new tokens.
+
+    None means that tokens generated after the prompt all stay.
+    """
+
+    decode_every: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """What was asked, as `kept`: the fraction of the full cache's bytes that may remain.
+
+    `asked` is the user's own text ("0.2", "2GiB", "512tok", "3.2bits").  Absolute budgets hold
+    at `length` tokens and below; `max_rows` is then the number of (layer, head, token) rows that
+    is never exceeded, however long the prompt.  `reached` is the fraction the plan uses.
+    """
+
+    asked: str
+    kept: float
+    reached: float
+    length: int
+    max_rows: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Certificate:
+    """How good the choice is: its value, a bound no plan can beat, and the relative gap.
+
+    `value` and `bound` are in the objective of the solver (for `planned`: predicted damage).
+    """
+
+    solver: str
+    value: float
+    bound: float | None
+    gap: float | None
+    status: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Damage:
+    """Loss against the full cache on a set of prompts (see `cacheplan verify`).
+
+    `kl` is the mean Kullback-Leibler divergence per continuation token, in nats.
+    """
+
+    kl: float
+    agreement: float | None = None  # share of tokens with the same most likely next token
+    recall: float | None = None  # share of answers that are all right
+    full_recall: float | None = None
+    nll: float | None = None  # mean negative log-likelihood of the true continuation
+    full_nll: float | None = None
+    prompts: int = 0
+    digest: str | None = None  # of the prompts
+
+
+@dataclass(frozen=True, kw_only=True)
+class Provenance:
+    """Where the plan came from: enough to make it again."""
+
+    profile: str | None  # digest of the profile file
+    prompts: str | None  # digest of the calibration prompts
+    seed: int
+    versions: tuple[tuple[str, str], ...]  # package and version, sorted
+    command: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A complete cache plan; see `plans/SPEC.md` for the file."""
+
+    model: ModelSpec
+    recipe: str
+    budget: Budget
+    entries: tuple[Entry, ...]
+    trigger: Trigger
+    certificate: Certificate
+    predicted: Damage | None
+    measured: Damage | None
+    provenance: Provenance

@@ -1,0 +1,53 @@
+"""The profile: streaming statistics of one model on calibration prompts, as plain arrays."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cacheplan.types.model import ModelSpec
+from cacheplan.types.plan import KVAction
+
+
+@dataclass(frozen=True, eq=False)
+class Statistic:
+    """Mean and spread of one measured array over prompts; `axes` names its dimensions."""
+
+    axes: tuple[str, ...]
+    count: int
+    mean: NDArray[np.float64]
+    std: NDArray[np.float64]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Profile:
+    """What `cacheplan profile` measured.
+
+    Statistics of language models (L layers, K kv heads, A candidates, G keep fractions, M + 1
+    points of a curve):
+
+    `mass_curve` `[L, M+1]`: share of accumulated attention held by the best i/M of the tokens.
+    `damage` `[L, K, A, G]`: squared error of the head's attention output on the continuation's
+    queries when the candidate keeps that fraction of the context, summed over channels and the
+    group's query heads, mean over queries.
+    `ablation_damage`, `ablation_kl` `[L, K, P]`: damage and divergence of the whole model when
+    this head alone is cut back by probe p, on the first few prompts; `probes` holds the
+    (candidate, keep) indices.
+    `context_length`, `continuation_length` `[]`: tokens.
+
+    `keeps` are the G fractions in ascending order, `candidates` the A actions (their own `keep`
+    is 1.0 and without meaning).
+    """
+
+    model: ModelSpec
+    statistics: dict[str, Statistic]
+    keeps: tuple[float, ...]
+    candidates: tuple[KVAction, ...]
+    probes: tuple[tuple[int, int], ...]
+    prompts: int
+    prompts_digest: str
+    seed: int
+    digest: str = ""
+    versions: tuple[tuple[str, str], ...] = field(default=())
