@@ -1,0 +1,129 @@
+"""Published methods, each one row: which tokens, how many, when.
+
+The free product of the cells is what `planned` searches; the rows reproduce papers.
+"""
+
+from __future__ import annotations
+
+import difflib
+
+from cacheplan.errors import InputError
+from cacheplan.types import (
+    AccumulatedAttention,
+    KeyDifference,
+    KeyNorm,
+    KVAction,
+    Position,
+    Random,
+    Recipe,
+    WindowAttention,
+)
+
+WINDOW = 32  # SnapKV's observation window
+
+_ROWS = (
+    Recipe(
+        name="uniform",
+        summary="the same share everywhere, tokens by mean attention received",
+        paper="baseline: H2O's statistic without its bias to old tokens",
+        allocation="uniform",
+        candidates=(KVAction(keep=1.0, scorer=AccumulatedAttention(mean=True), sinks=4),),
+    ),
+    Recipe(
+        name="random",
+        summary="random tokens: the floor",
+        paper="baseline",
+        allocation="uniform",
+        candidates=(KVAction(keep=1.0, scorer=Random()),),
+    ),
+    Recipe(
+        name="streaming_llm",
+        summary="the first four tokens and a recent window",
+        paper="Xiao et al. 2023, arXiv 2309.17453 (original positions instead of compact ones)",
+        allocation="uniform",
+        candidates=(KVAction(keep=1.0, scorer=Position(), sinks=4),),
+    ),
+    Recipe(
+        name="knorm",
+        summary="keys of small norm",
+        paper="Devoto et al. 2024, arXiv 2406.11430",
+        allocation="uniform",
+        candidates=(KVAction(keep=1.0, scorer=KeyNorm()),),
+    ),
+    Recipe(
+        name="keydiff",
+        summary="keys unlike the mean key",
+        paper="Park et al. 2025, arXiv 2504.15364",
+        allocation="uniform",
+        candidates=(KVAction(keep=1.0, scorer=KeyDifference()),),
+    ),
+    Recipe(
+        name="h2o",
+        summary="half heavy hitters by accumulated attention, half recent, at every step",
+        paper="Zhang et al. 2023, arXiv 2306.14048",
+        allocation="uniform",
+        candidates=(KVAction(keep=1.0, scorer=AccumulatedAttention(), recent_share=0.5),),
+        decode_every=1,
+    ),
+    Recipe(
+        name="snapkv",
+        summary="what the last 32 queries attend to, pooled over 5 tokens",
+        paper="Li et al. 2024, arXiv 2404.14469",
+        allocation="uniform",
+        candidates=(KVAction(keep=1.0, scorer=WindowAttention(window=WINDOW), recent=WINDOW),),
+    ),
+    Recipe(
+        name="adakv",
+        summary="SnapKV scores, the heads of a layer compete for its tokens",
+        paper="Feng et al. 2024, arXiv 2407.11550",
+        allocation="uniform",
+        candidates=(
+            KVAction(
+                keep=1.0,
+                scorer=WindowAttention(window=WINDOW, pool=7, pooling="max"),
+                recent=WINDOW,
+                split="adaptive",
+                floor=0.2,
+            ),
+        ),
+    ),
+    Recipe(
+        name="prefixkv",
+        summary="every layer retains the same share of attention mass",
+        paper="Wang et al. 2024, arXiv 2412.03409",
+        allocation="prefix",
+        candidates=(
+            KVAction(keep=1.0, scorer=AccumulatedAttention(), sinks=1, recent=1, share="layer"),
+        ),
+    ),
+)
+
+_SHORT_WINDOW = 8  # planned heads need less protection: whether they do is measured
+_MENU = (
+    KVAction(keep=1.0, scorer=Position(), sinks=1),
+    KVAction(keep=1.0, scorer=KeyDifference(), sinks=1, recent=_SHORT_WINDOW),
+    KVAction(keep=1.0, scorer=AccumulatedAttention(mean=True), sinks=1, recent=_SHORT_WINDOW),
+    KVAction(keep=1.0, scorer=WindowAttention(window=16, pool=1), sinks=1, recent=_SHORT_WINDOW),
+)
+
+CANDIDATES = tuple(dict.fromkeys([c for row in _ROWS for c in row.candidates] + list(_MENU)))
+
+_PLANNED = Recipe(
+    name="planned",
+    summary="per head: how much, and chosen how, by measured damage under one budget",
+    paper="cacheplan",
+    allocation="knapsack",
+    candidates=tuple(c for c in CANDIDATES if c.share == "head" and c.split == "equal"),
+)
+
+RECIPES = {row.name: row for row in (_PLANNED, *_ROWS)}
+DEFAULT = _PLANNED.name
+
+
+def find_recipe(name: str) -> Recipe:
+    """Look a recipe up; raises InputError naming the closest or all of them."""
+    if name in RECIPES:
+        return RECIPES[name]
+    close = difflib.get_close_matches(name, RECIPES, n=1)
+    hint = f'did you mean "{close[0]}"' if close else f"choose one of {', '.join(RECIPES)}"
+    raise InputError(f'There is no recipe "{name}": {hint}.')

@@ -1,0 +1,214 @@
+"""The cache that follows a plan: stores everything during a step, evicts after its attention."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cacheplan.adapters.attention import AttendingCache, AttendingLayer, causal_attention
+from cacheplan.errors import UnsupportedError
+from cacheplan.kernels.column_sums.naive import column_sums
+from cacheplan.kernels.ragged_attention.naive import ragged_attention
+from cacheplan.plans.check import check_model, check_runnable
+from cacheplan.plans.rows import cache_bytes, kept_rows
+from cacheplan.runtime.rows import RaggedRows
+from cacheplan.scorers.scores import score
+from cacheplan.scorers.selection import kept_tokens
+from cacheplan.types import AccumulatedAttention, KVAction, ModelSpec, Plan
+
+
+class PlanCache(AttendingCache):
+    """A transformers `Cache` that follows a plan, for one sequence batch.
+
+    Pass it as `past_key_values`, inside `apply(model, plan)`.  The first forward call on an
+    empty cache is the prompt; its attention sees every token, then the plan evicts, so the
+    first generated token is that of the full cache.
+    """
+
+    def __init__(self, plan: Plan, spec: ModelSpec | None = None) -> None:
+        """Check the plan (and, given `spec`, that it belongs to that model)."""
+        check_runnable(plan)
+        if spec is not None:
+            check_model(plan, spec)
+        self.plan = plan
+        self.prompt_length = 0
+        super().__init__([PlanLayer(self, index) for index in range(plan.model.layers)])
+
+    def rows(self, length: int) -> list[list[int]]:
+        """Tokens to keep per layer and kv head once `length` tokens have been seen."""
+        if self._rows_at[0] != length:
+            self._rows_at = length, kept_rows(self.plan, length).tolist()
+        return self._rows_at[1]
+
+    _rows_at: tuple[int, list[list[int]]] = (-1, [])
+
+    @property
+    def lengths(self) -> list[list[int]]:
+        """Tokens held per layer and row (batch entry * kv heads + kv head)."""
+        return [[] if layer.rows is None else list(layer.rows.lengths) for layer in self.layers]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes really held: unique storages of all layers."""
+        return sum(layer.rows.nbytes for layer in self.layers if layer.rows is not None)
+
+    @property
+    def planned_bytes(self) -> int:
+        """Bytes the plan promises at this length; equal to `nbytes`."""
+        first = self.layers[0]
+        if first.rows is None:
+            return 0
+        size = first.rows.keys.element_size()
+        generated = first.seen - self.prompt_length
+        return first.rows.batch * cache_bytes(self.plan, self.prompt_length, size, generated)
+
+    @property
+    def path(self) -> str:
+        """Which attention ran last, in words, with the number of layers."""
+        names = [layer.path for layer in self.layers]
+        return ", ".join(f"{name} in {names.count(name)} layers" for name in dict.fromkeys(names))
+
+
+class PlanLayer(AttendingLayer):
+    """One layer of a planned cache."""
+
+    def __init__(self, cache: PlanCache, index: int) -> None:
+        super().__init__()
+        self.cache, self.index = cache, index
+        self.rows: RaggedRows | None = None
+        self.path = "idle"
+        self._new = 0  # tokens of the step under way
+        self._since = 0  # tokens since the last eviction
+        self._groups = _heads_by_action(cache.plan, index)
+
+    def reset(self) -> None:
+        self.rows, self.seen, self._since = None, 0, 0
+
+    def receive(self, key: Tensor, value: Tensor) -> None:
+        self._new = key.shape[2]
+        if self.rows is not None:
+            self.rows.append(key, value)
+            return
+        expected = self.cache.plan.model
+        if (key.shape[1], key.shape[3], value.shape[3]) != (
+            expected.kv_heads,
+            expected.key_width,
+            expected.value_width,
+        ):
+            raise UnsupportedError(
+                f"Layer {self.index} stores {key.shape[1]} heads of widths {key.shape[3]} and "
+                f"{value.shape[3]}, but the plan expects {expected.kv_heads} of "
+                f"{expected.key_width} and {expected.value_width}: solve a plan for this model."
+            )
+        self.rows = RaggedRows(key, value)
+        self.cache.prompt_length = self._new
+
+    def attend(self, module: torch.nn.Module, query: Tensor, scale: float) -> Tensor:
+        rows = self.rows
+        assert rows is not None
+        if rows.rectangular:
+            self.path = "dense SDPA"
+            output = causal_attention(module, query, *rows.dense(), scale)
+        else:
+            self.path = "ragged SDPA per head"
+            output = ragged_attention(
+                query,
+                rows.keys,
+                rows.values,
+                offsets=rows.offsets,
+                lengths=rows.lengths,
+                scale=scale,
+            ).transpose(1, 2)
+        self._after_attention(query, scale)
+        return output.contiguous()
+
+    def _after_attention(self, query: Tensor, scale: float) -> None:
+        every = self.cache.plan.trigger.decode_every
+        if self.seen == self._new:
+            self._evict_after_prompt(query, scale)
+        elif every is not None:
+            if self._new > every:
+                raise UnsupportedError(
+                    f"The plan evicts every {every} tokens but {self._new} came in one call: "
+                    f"feed at most {every} at a time after the prompt."
+                )
+            self._accumulate(query, scale)
+            self._since += self._new
+            if self._since >= every:
+                self._evict_while_decoding(query, scale)
+                self._since = 0
+
+    def _evict_after_prompt(self, query: Tensor, scale: float) -> None:
+        rows = self.rows
+        assert rows is not None
+        key, _ = rows.dense()
+        counts = self.cache.rows(self.seen)[self.index]
+        kept: dict[int, Tensor] = {}
+        if self._accumulates:
+            rows.state = column_sums(query, key, scale=scale).flatten()
+        if all(count == self.seen for count in counts):
+            return
+        group = query.shape[1] // key.shape[1]
+        for heads, action in self._groups:
+            queries = [h * group + g for h in heads for g in range(group)]
+            scores = score(action.scorer, query[:, queries], key[:, heads], scale)
+            chosen = kept_tokens(scores, [counts[h] for h in heads], action)
+            for b in range(rows.batch):
+                for i, h in enumerate(heads):
+                    kept[b * rows.heads + h] = chosen[b * len(heads) + i]
+        rows.keep([kept[r] for r in range(len(kept))])
+
+    def _evict_while_decoding(self, query: Tensor, scale: float) -> None:
+        rows = self.rows
+        assert rows is not None
+        counts = self.cache.rows(self.seen)[self.index]
+        group = query.shape[1] // rows.heads
+        kept: dict[int, Tensor] = {}
+        for heads, action in self._groups:
+            for r in (b * rows.heads + h for b in range(rows.batch) for h in heads):
+                key = rows.keys[rows.row(r)][None, None]
+                count = min(counts[r % rows.heads], rows.lengths[r])
+                if isinstance(action.scorer, AccumulatedAttention):
+                    assert rows.state is not None
+                    scores = rows.state[rows.row(r)][None, None]
+                else:
+                    b, h = divmod(r, rows.heads)
+                    own = query[b : b + 1, h * group : (h + 1) * group]
+                    scores = score(action.scorer, own, key, scale)
+                kept[r] = kept_tokens(scores, [count], action)[0]
+        rows.keep([kept[r] for r in range(len(kept))])
+
+    @property
+    def _accumulates(self) -> bool:
+        return self.cache.plan.trigger.decode_every is not None and any(
+            isinstance(action.scorer, AccumulatedAttention) for _, action in self._groups
+        )
+
+    def _accumulate(self, query: Tensor, scale: float) -> None:
+        """Add the step's attention to the scores of the tokens it saw (H2O)."""
+        rows = self.rows
+        if not self._accumulates or rows is None or rows.state is None:
+            return
+        G = query.shape[1] // rows.heads
+        for r in range(len(rows.lengths)):
+            b, h = divmod(r, rows.heads)
+            own = query[b : b + 1, h * G : (h + 1) * G]
+            key = rows.keys[rows.row(r)][None, None]
+            rows.state[rows.row(r)] += column_sums(own, key, scale=scale)[0, 0]
+
+
+def _heads_by_action(plan: Plan, layer: int) -> list[tuple[list[int], KVAction]]:
+    """The kv heads of one layer, grouped by what is done, so that each scorer runs once."""
+    groups: dict[Any, tuple[list[int], KVAction]] = {}
+    for entry in plan.entries:
+        action = entry.action
+        if entry.site.layer != layer or not isinstance(action, KVAction):
+            continue
+        whole = entry.site.head is None
+        heads = list(range(plan.model.kv_heads)) if whole else [entry.site.head or 0]
+        cells = action.scorer, action.sinks, action.recent, action.recent_share
+        key = (cells, action.share, action.split, action.floor)
+        groups.setdefault(key, ([], action))[0].extend(heads)
+    return list(groups.values())

@@ -1,0 +1,58 @@
+"""`with apply(model, plan): model.generate(...)`: install a plan, and restore the model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from transformers import DynamicCache
+
+from cacheplan.adapters.attention import attending
+from cacheplan.adapters.language import describe
+from cacheplan.errors import UnsupportedError
+from cacheplan.runtime.cache import PlanCache
+from cacheplan.types import Plan
+
+
+@contextmanager
+def apply(model: Any, plan: Plan) -> Iterator[list[PlanCache]]:
+    """Make every generation of `model` follow `plan` until the block ends.
+
+    A forward call without a cache, or with an empty stock one as `generate` makes, gets a
+    `PlanCache`; caches made are appended to the list that the `with` statement yields (the last
+    one is the newest).  Whoever manages `past_key_values` passes `PlanCache(plan)` instead.
+    Leaving the block restores attention and hooks exactly.
+
+    Raises ModelMismatchError if the plan was made for another model, UnsupportedError if the
+    model or the plan is outside what the runtime does.
+    """
+    spec = describe(model)
+    PlanCache(plan, spec)  # refuse here, not at the first forward call
+    _refuse_generation_settings(model)
+    decoder = model.get_decoder()
+    made: list[PlanCache] = []
+
+    def give_cache(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        past = kwargs.get("past_key_values")
+        if past is None and kwargs.get("use_cache") is not False:
+            pass
+        elif not isinstance(past, DynamicCache) or past.get_seq_length() > 0:
+            return None
+        made.append(PlanCache(plan))
+        return args, {**kwargs, "past_key_values": made[-1]}
+
+    with attending(model):
+        hook = decoder.register_forward_pre_hook(give_cache, with_kwargs=True)
+        try:
+            yield made
+        finally:
+            hook.remove()
+
+
+def _refuse_generation_settings(model: Any) -> None:
+    settings = getattr(model, "generation_config", None)
+    if getattr(settings, "prefill_chunk_size", None):
+        raise UnsupportedError(
+            "Chunked prefill cannot run a cache plan yet: set prefill_chunk_size=None."
+        )
