@@ -26,7 +26,7 @@ IDS = {word: i for i, word in enumerate(VOCABULARY)}
 
 @dataclass(frozen=True)
 class Stage:
-    """Documents of `length` words, until the share `mastered` of answers is right or `tokens` read."""
+    """Documents of `length` words, until the share `mastered` is answered or `tokens` are read."""
 
     tokens: float
     length: int
