@@ -14,7 +14,16 @@ from cacheplan.errors import InputError
 from cacheplan.plans.check import check, check_model, check_runnable
 from cacheplan.plans.io import read_plan as load_plan
 from cacheplan.plans.io import write_plan as save_plan
-from cacheplan.types import Certificate, Damage, Plan, Profile, Provenance, Trigger
+from cacheplan.types import (
+    Certificate,
+    Damage,
+    Knapsack,
+    Plan,
+    Profile,
+    Provenance,
+    Solution,
+    Trigger,
+)
 
 if TYPE_CHECKING:
     from cacheplan.adapters.language import LanguageModel
@@ -103,6 +112,7 @@ def profile(
                 "choose another --out."
             )
         state.done, state.sums = earlier.done, earlier.sums
+    write_state(state, unfinished)  # an output that cannot be written is noticed before the work
     collect(
         loaded.model,
         texts,
@@ -164,12 +174,11 @@ def solve(
     asked = parse_budget(budget, profile.model, size)
     problem = formulate(profile, row, asked)
     every = decode_every if decode_every is not None else row.decode_every
-    chosen = {
-        "knapsack": lambda: knapsack_solver(solver),
-        "prefix": Prefix,
-        "uniform": Uniform,
-    }[row.allocation]()
-    solution = chosen(problem)
+    solution: Solution
+    if isinstance(problem, Knapsack):
+        solution = knapsack_solver(solver)(problem)
+    else:
+        solution = (Prefix() if row.allocation == "prefix" else Uniform())(problem)
     entries = realize(profile, row, asked, solution)
     plan = Plan(
         model=profile.model,

@@ -48,7 +48,8 @@ def sensitivity(profile: Profile) -> Floats:
     """
     divergence = statistic(profile, "ablation_kl").sum(-1)
     damage = statistic(profile, "ablation_damage").sum(-1)
-    return divergence / np.maximum(damage, 1e-12)
+    weight: Floats = divergence / np.maximum(damage, 1e-12)
+    return weight
 
 
 def candidate_index(profile: Profile, action: KVAction) -> int:

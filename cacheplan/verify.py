@@ -96,7 +96,7 @@ def _planned_logits(
         step = plan.trigger.decode_every or rest.shape[1]
         logits = [
             model(input_ids=part, past_key_values=cache, use_cache=True).logits[0]
-            for part in rest.split(step, dim=1)
+            for part in torch.split(rest, step, dim=1)
         ]
     return torch.cat(logits), sizes
 

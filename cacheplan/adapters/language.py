@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,10 +41,11 @@ def load(name: str | None, *, device: str | None = None, dtype: str | None = Non
     try:
         where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         kind = getattr(torch, dtype) if dtype else "auto"
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        model = AutoModelForCausalLM.from_pretrained(
-            source, dtype=kind, attn_implementation="sdpa"
-        ).to(where)
+        with _without_progress_bars():
+            tokenizer = AutoTokenizer.from_pretrained(source)
+            model = AutoModelForCausalLM.from_pretrained(
+                source, dtype=kind, attn_implementation="sdpa"
+            ).to(where)
     except (OSError, ValueError, AttributeError, RuntimeError, AssertionError) as error:
         reason = str(error).strip().split("\n")[0].rstrip(".")
         raise InputError(
@@ -55,6 +58,19 @@ def load(name: str | None, *, device: str | None = None, dtype: str | None = Non
     else:
         shown = str(Path(source).resolve())
     return LanguageModel(model, tokenizer, describe(model, shown))
+
+
+@contextmanager
+def _without_progress_bars() -> Iterator[None]:
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def describe(model: Any, name: str | None = None) -> ModelSpec:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cacheplan.runtime.install import apply
     from cacheplan.runtime.cache import PlanCache
+    from cacheplan.runtime.install import apply
 
 __all__ = ["PlanCache", "apply"]
 

@@ -62,7 +62,8 @@ class PlanCache(AttendingCache):
             return 0
         size = first.rows.keys.element_size()
         generated = first.seen - self.prompt_length
-        return first.rows.batch * cache_bytes(self.plan, self.prompt_length, size, generated)
+        batch: int = first.rows.batch
+        return batch * cache_bytes(self.plan, self.prompt_length, size, generated)
 
     @property
     def path(self) -> str:

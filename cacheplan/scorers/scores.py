@@ -41,7 +41,7 @@ def random(scorer: Random, query: Tensor, key: Tensor, scale: float) -> Tensor:
 
 def key_norm(scorer: KeyNorm, query: Tensor, key: Tensor, scale: float) -> Tensor:
     """-|k| (arXiv 2406.11430: keys of small norm receive more attention)."""
-    return -key.float().norm(dim=-1)
+    return key.float().square().sum(-1).sqrt().neg()
 
 
 def key_difference(scorer: KeyDifference, query: Tensor, key: Tensor, scale: float) -> Tensor:

@@ -4,6 +4,7 @@ evicted keys are masked, and the bytes are those planned."""
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -104,7 +105,7 @@ def test_decoding_equals_masked_dense(
             assert cache.nbytes == cache.planned_bytes
             steps = [
                 tiny_llama(input_ids=part, past_key_values=cache).logits
-                for part in ids[:, PROMPT:].split(list(chunks), dim=1)
+                for part in torch.split(ids[:, PROMPT:], list(chunks), dim=1)
             ]
     assert torch.equal(first, dense), "the prompt's own logits are those of the full cache"
     assert cache.nbytes == cache.planned_bytes
@@ -140,6 +141,6 @@ def test_smaller_budgets_keep_subsets(tiny_llama: Any, make_plan: Any, action: K
             cache = PlanCache(plan)
             tiny_llama(input_ids=prompt_ids(), past_key_values=cache)
         masks.append(kept_mask(cache, full))
-    for smaller, larger in zip(masks, masks[1:], strict=False):
+    for smaller, larger in pairwise(masks):
         for few, many in zip(smaller, larger, strict=True):
             assert not (few & ~many).any()

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from cacheplan.errors import InputError
 from cacheplan.adapters.language import load
+from cacheplan.errors import InputError
 from cacheplan.profilers.prompts import Prompt, load_prompts
 from cacheplan.recipes import RECIPES
 from cacheplan.types import Budget, Entry, Plan, Site
@@ -50,7 +50,8 @@ def test_full_cache_recalls(recall: Any, tmp_path: Path, words: int, least: floa
             predicted = recall.model(input_ids=ids, use_cache=False).logits[0].argmax(-1)
         for start, end in prompt.answers:
             at = len(prompt.context) + start
-            right += bool((predicted[at - 1 : at - 1 + end - start] == ids[0, at : at + end - start]).all())
+            said = predicted[at - 1 : at - 1 + end - start]
+            right += bool((said == ids[0, at : at + end - start]).all())
             total += 1
     assert right / total >= least
 

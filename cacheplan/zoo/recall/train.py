@@ -100,7 +100,7 @@ def train(seed: int) -> Any:
     torch.manual_seed(seed)
     rng = random.Random(seed)
     model = LlamaForCausalLM(config())
-    forward = torch.compile(model, dynamic=False)
+    forward: Any = torch.compile(model, dynamic=False)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=PEAK_RATE, betas=(0.9, 0.98), weight_decay=0.05
     )
@@ -120,7 +120,7 @@ def train(seed: int) -> Any:
             ).view_as(target)
             weight = OTHER_WEIGHT + ANSWER_WEIGHT * asked
             optimizer.zero_grad()
-            ((loss * weight).sum() / weight.sum()).backward()
+            torch.autograd.backward((loss * weight).sum() / weight.sum())
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             seen, read, step = seen + ids.numel(), read + ids.numel(), step + 1

@@ -1,0 +1,148 @@
+"""Every recipe at several budgets on held-out prompts: damage, recall, bytes, prediction.
+
+    python benchmarks/recipes.py [--profile FILE] [--json FILE] [--plot FILE.png] [--limit N]
+
+Without --profile, the embedded model is profiled first.  Damage is measured by
+`cacheplan.verify`; each planned byte count is asserted to equal the measured one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from record import environment
+from rich.console import Console
+from rich.table import Table
+from scipy.stats import spearmanr
+
+from cacheplan import api
+from cacheplan.adapters.language import load
+from cacheplan.profilers.prompts import load_prompts
+from cacheplan.recipes import RECIPES
+from cacheplan.verify import measure_damage
+from cacheplan.zoo import embedded_prompts
+
+BUDGETS = (0.5, 0.3, 0.2, 0.1)
+
+
+def measure(profile_file: Path | None, limit: int | None) -> list[dict[str, Any]]:
+    if profile_file is None:
+        with tempfile.TemporaryDirectory() as folder:
+            profile = api.profile(out=Path(folder) / "profile.safetensors")
+            assert profile is not None
+    else:
+        profile = api.load_profile(profile_file)
+    loaded = load(None)
+    prompts = load_prompts(
+        embedded_prompts("recall", "heldout"), loaded.tokenizer, split=0.8, limit=limit, longest=0
+    )
+    rows = []
+    for budget in BUDGETS:
+        for name in RECIPES:
+            plan = api.solve(profile, budget=budget, recipe=name)
+            started = time.perf_counter()
+            found = measure_damage(loaded.model, plan, prompts)
+            assert found.planned_bytes == found.measured_bytes, (name, budget)
+            assert found.measured_bytes <= budget * found.full_bytes, (name, budget)
+            assert plan.predicted is not None
+            rows.append(
+                {
+                    "budget": budget,
+                    "recipe": name,
+                    "kl": found.damage.kl,
+                    "predicted_kl": plan.predicted.kl,
+                    "agreement": found.damage.agreement,
+                    "recall": found.damage.recall,
+                    "full_recall": found.damage.full_recall,
+                    "nll": found.damage.nll,
+                    "planned_bytes": found.planned_bytes,
+                    "measured_bytes": found.measured_bytes,
+                    "full_bytes": found.full_bytes,
+                    "gap": plan.certificate.gap,
+                    "seconds": time.perf_counter() - started,
+                }
+            )
+            last = rows[-1]
+            print(
+                f"{budget:<4} {name:14} KL {last['kl']:.4f} predicted {last['predicted_kl']:.4f} "
+                f"recall {last['recall']:.3f}",
+                flush=True,
+            )
+    return rows
+
+
+def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """How far `planned` is ahead at each budget, and how good predictions are."""
+    ahead = {}
+    for budget in BUDGETS:
+        here = [row for row in rows if row["budget"] == budget]
+        best = min((row for row in here if row["recipe"] != "planned"), key=lambda row: row["kl"])
+        planned = next(row for row in here if row["recipe"] == "planned")
+        ahead[str(budget)] = {"best_other": best["recipe"], "ratio": planned["kl"] / best["kl"]}
+    ratios = [row["kl"] / row["predicted_kl"] for row in rows]
+    rank = spearmanr([row["kl"] for row in rows], [row["predicted_kl"] for row in rows])
+    return {
+        "planned_over_best_other": ahead,
+        "rank_correlation": float(rank.statistic),
+        "measured_over_predicted": [min(ratios), max(ratios)],
+    }
+
+
+def table(rows: list[dict[str, Any]]) -> Table:
+    shown = Table("recipe", *(f"{b:g}: KL (pred.), recall" for b in BUDGETS))
+    for name in RECIPES:
+        cells = []
+        for budget in BUDGETS:
+            row = next(r for r in rows if r["recipe"] == name and r["budget"] == budget)
+            cells.append(f"{row['kl']:.4f} ({row['predicted_kl']:.4f})  {row['recall']:.0%}")
+        shown.add_row(name, *cells)
+    return shown
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for name in RECIPES:
+        mine = [row for row in rows if row["recipe"] == name]
+        style = {"linewidth": 3, "color": "black"} if name == "planned" else {"alpha": 0.8}
+        budgets = [row["budget"] for row in mine]
+        axes[0].plot(budgets, [row["kl"] for row in mine], marker="o", label=name, **style)
+        axes[1].plot(budgets, [row["recall"] for row in mine], marker="o", label=name, **style)
+    axes[1].axhline(rows[0]["full_recall"], linestyle=":", color="grey", label="full cache")
+    axes[0].set(xlabel="cache kept", ylabel="KL to the full cache (nats/token)", yscale="log")
+    axes[1].set(xlabel="cache kept", ylabel="recall of facts (exact match)", ylim=(0, 1.03))
+    axes[1].legend(fontsize=8)
+    figure.suptitle("Embedded model, held-out prompts: lower left and upper right are better")
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--profile", type=Path)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--plot", type=Path)
+    parser.add_argument("--limit", type=int)
+    arguments = parser.parse_args()
+    rows = measure(arguments.profile, arguments.limit)
+    found = summary(rows)
+    Console().print(table(rows))
+    print(json.dumps(found, indent=1))
+    if arguments.json:
+        arguments.json.write_text(
+            json.dumps({**environment(), "summary": found, "rows": rows}, indent=1) + "\n"
+        )
+    if arguments.plot:
+        plot(rows, arguments.plot)
+
+
+if __name__ == "__main__":
+    main()
