@@ -24,7 +24,7 @@ from cacheplan import api
 from cacheplan.adapters.language import load
 from cacheplan.profilers.prompts import load_prompts
 from cacheplan.recipes import RECIPES
-from cacheplan.verify import measure_damage
+from cacheplan.verification import measure_damage
 from cacheplan.zoo import embedded_prompts
 
 BUDGETS = (0.5, 0.3, 0.2, 0.1)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import sys
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cacheplan.errors import InputError
+from cacheplan.generation import Generation, generate
+from cacheplan.inputs import installed_versions, prompts_for
 from cacheplan.plans.check import check, check_model, check_runnable
 from cacheplan.plans.io import read_plan as load_plan
 from cacheplan.plans.io import write_plan as save_plan
@@ -26,11 +25,10 @@ from cacheplan.types import (
 )
 
 if TYPE_CHECKING:
-    from cacheplan.adapters.language import LanguageModel
-    from cacheplan.profilers.prompts import Prompt
-    from cacheplan.verify import Verification
+    from cacheplan.verification import Verification
 
 __all__ = [
+    "Generation",
     "generate",
     "load_plan",
     "load_profile",
@@ -90,7 +88,7 @@ def profile(
         raise InputError(f"--ablate is {ablate}, expected at least 1 prompt to ablate heads on.")
     loaded = load(model, device=device, dtype=dtype)
     torch.manual_seed(seed)
-    texts = _prompts(loaded, prompts, "calibration", split, limit)
+    texts = prompts_for(loaded, prompts, "calibration", split, limit)
     settings = Settings(
         model=loaded.spec,
         candidates=CANDIDATES,
@@ -100,7 +98,7 @@ def profile(
         prompts=len(texts),
         prompts_digest=digest(texts),
         seed=seed,
-        versions=_versions(),
+        versions=installed_versions(),
     )
     state = ProfileState(settings, range(part, len(texts), parts))
     unfinished = out.with_name(out.name + ".part")
@@ -201,7 +199,7 @@ def solve(
             profile=profile.digest,
             prompts=profile.prompts_digest,
             seed=profile.seed,
-            versions=_versions(),
+            versions=installed_versions(),
             command=command,
         ),
     )
@@ -227,100 +225,17 @@ def verify(
     """
     from cacheplan.adapters.language import load
     from cacheplan.profilers.prompts import digest
-    from cacheplan.verify import measure_damage
+    from cacheplan.verification import measure_damage
 
     loaded = load(model or plan.model.id, device=device, dtype=dtype)
     check_model(plan, loaded.spec)
-    texts = _prompts(loaded, prompts, "heldout", split, limit)
+    texts = prompts_for(loaded, prompts, "heldout", split, limit)
     if digest(texts) == plan.provenance.prompts:
         raise InputError(
             "These are the prompts the plan was calibrated on: verify on others, or the damage "
             "looks smaller than it is."
         )
     return measure_damage(loaded.model, plan, texts, progress=progress)
-
-
-@dataclass(frozen=True)
-class Generation:
-    """A generated text, its times in seconds, and the bytes its cache planned and held."""
-
-    text: str
-    prompt_tokens: int
-    new_tokens: int
-    prefill_seconds: float
-    decode_seconds: float
-    planned_bytes: int
-    measured_bytes: int
-    full_bytes: int
-    path: str
-
-
-def generate(
-    plan: Plan,
-    *,
-    prompt: str | None = None,
-    model: str | None = None,
-    max_new_tokens: int = 64,
-    temperature: float = 0.0,
-    seed: int = 0,
-    device: str | None = None,
-    dtype: str | None = None,
-    on_text: Callable[[str], None] | None = None,
-) -> Generation:
-    """Generate a continuation of `prompt` under the plan.
-
-    Without a prompt, the embedded model gets its first held-out one.  Text goes to `on_text` as
-    it appears.
-    """
-    import torch
-
-    from cacheplan.adapters.language import load
-    from cacheplan.plans.rows import full_bytes
-    from cacheplan.runtime.install import apply
-    from cacheplan.runtime.stream import TextStream
-
-    loaded = load(model or plan.model.id, device=device, dtype=dtype)
-    if prompt is None:
-        first = _prompts(loaded, None, "heldout", 0.8, 1)[0]
-        ids = [*first.context, *first.continuation[: (first.answers or ((1, 2),))[0][0]]]
-    else:
-        ids = loaded.tokenizer(prompt)["input_ids"]
-    if not ids:
-        raise InputError("The prompt is empty: give at least one word.")
-    longest = loaded.spec.max_length
-    if longest and len(ids) + max_new_tokens > longest:
-        raise InputError(
-            f"The prompt has {len(ids)} tokens and {max_new_tokens} are to follow, but the model "
-            f"reads {longest}: shorten the prompt or lower --max-new-tokens."
-        )
-    inputs = torch.tensor([ids], device=loaded.model.device)
-    stream = TextStream(loaded.tokenizer, on_text or (lambda text: None))
-    torch.manual_seed(seed)
-    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {}
-    with apply(loaded.model, plan) as caches, torch.no_grad():
-        started = time.perf_counter()
-        loaded.model.generate(
-            input_ids=inputs,
-            attention_mask=torch.ones_like(inputs),
-            max_new_tokens=max_new_tokens,
-            streamer=stream,
-            **({"do_sample": False} | sampling),
-        )
-        ended = time.perf_counter()
-    cache = caches[-1]
-    size = cache.layers[0].rows.keys.element_size()
-    prefill = (stream.first_at or ended) - started
-    return Generation(
-        text=stream.text,
-        prompt_tokens=len(ids),
-        new_tokens=stream.tokens,
-        prefill_seconds=prefill,
-        decode_seconds=ended - started - prefill,
-        planned_bytes=cache.planned_bytes,
-        measured_bytes=cache.nbytes,
-        full_bytes=full_bytes(plan.model, cache.layers[0].seen, size),
-        path=cache.path,
-    )
 
 
 def _probes() -> tuple[tuple[int, int], ...]:
@@ -334,32 +249,3 @@ def _probes() -> tuple[tuple[int, int], ...]:
         last = [c for c in menu if c.scorer.name == name][-1]
         found.append((CANDIDATES.index(last), keep))
     return tuple(found)
-
-
-def _prompts(
-    loaded: LanguageModel, path: Path | None, role: str, split: float, limit: int | None
-) -> list[Prompt]:
-    from cacheplan.profilers.prompts import load_prompts
-    from cacheplan.zoo import embedded_path, embedded_prompts
-
-    name = loaded.spec.id
-    if path is None:
-        if embedded_path(name) is None:
-            raise InputError(
-                f'The model "{name}" brings no {role} prompts: give --prompts FILE (.txt or '
-                ".jsonl) with texts like those it will serve."
-            )
-        path = embedded_prompts(name, role)
-    return load_prompts(
-        path, loaded.tokenizer, split=split, limit=limit, longest=loaded.spec.max_length
-    )
-
-
-def _versions() -> tuple[tuple[str, str], ...]:
-    found = [("python", ".".join(map(str, sys.version_info[:3])))]
-    for package in ("cacheplan", "numpy", "scipy", "torch", "transformers"):
-        try:
-            found.append((package, version(package)))
-        except PackageNotFoundError:
-            continue
-    return tuple(sorted(found))

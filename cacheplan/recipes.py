@@ -98,25 +98,30 @@ _ROWS = (
     ),
 )
 
-_SHORT_WINDOW = 8  # planned heads need less protection: whether they do is measured
-_MENU = (
-    KVAction(keep=1.0, scorer=Position(), sinks=1),
-    KVAction(keep=1.0, scorer=KeyDifference(), sinks=1, recent=_SHORT_WINDOW),
-    KVAction(keep=1.0, scorer=AccumulatedAttention(mean=True), sinks=1, recent=_SHORT_WINDOW),
-    KVAction(keep=1.0, scorer=WindowAttention(window=16, pool=1), sinks=1, recent=_SHORT_WINDOW),
-)
+_SHORT_WINDOW = 8  # a planned head may need less protection; whether it does is measured
 
-CANDIDATES = tuple(dict.fromkeys([c for row in _ROWS for c in row.candidates] + list(_MENU)))
-
+# every scorer here costs one pass over the keys, at most for a window of queries: the sums over
+# all queries (uniform, h2o, prefixkv) cost a second attention and gained the plan nothing
 _PLANNED = Recipe(
     name="planned",
     summary="per head: how much, and chosen how, by measured damage under one budget",
     paper="cacheplan",
     allocation="knapsack",
-    candidates=tuple(c for c in CANDIDATES if c.share == "head" and c.split == "equal"),
+    candidates=(
+        KVAction(keep=1.0, scorer=Position(), sinks=4),
+        KVAction(keep=1.0, scorer=Position(), sinks=1),
+        KVAction(keep=1.0, scorer=KeyNorm()),
+        KVAction(keep=1.0, scorer=KeyDifference()),
+        KVAction(keep=1.0, scorer=KeyDifference(), sinks=1, recent=_SHORT_WINDOW),
+        KVAction(keep=1.0, scorer=WindowAttention(window=WINDOW), recent=WINDOW),
+        KVAction(
+            keep=1.0, scorer=WindowAttention(window=16, pool=1), sinks=1, recent=_SHORT_WINDOW
+        ),
+    ),
 )
 
 RECIPES = {row.name: row for row in (_PLANNED, *_ROWS)}
+CANDIDATES = tuple(dict.fromkeys(c for row in RECIPES.values() for c in row.candidates))
 DEFAULT = _PLANNED.name
 
 

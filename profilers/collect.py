@@ -94,6 +94,7 @@ def _ablate(
     divergences = []
     for layer, record in enumerate(records):
         hidden = hidden_tokens(record, probes)
-        parts = [kl_divergence(reference, logits(layer, part)) for part in torch.split(hidden, _REPLAYED)]
-        divergences.append(torch.cat(parts).view(-1, len(probes)).cpu().numpy())
+        batches = torch.split(hidden, _REPLAYED)
+        kl = torch.cat([kl_divergence(reference, logits(layer, batch)) for batch in batches])
+        divergences.append(kl.view(-1, len(probes)).cpu().numpy())
     return {"ablation_kl": np.stack(divergences)}

@@ -84,8 +84,9 @@ def test_other_settings_do_not_resume(tmp_path: Path, whole: bytes) -> None:
         ("prompts.csv", b"a,b", 'has the ending ".csv"'),
         (
             "answers.jsonl",
-            b'{"context": "the river was calm . the river was calm . the river was calm . a a a a a",'
-            b' "continuation": "a river", "answers": [[70, 80]]}',
+            b'{"context": "'
+            + b"the river was calm . " * 5
+            + b'", "continuation": "a river", "answers": [[70, 80]]}',
             "no [start, end] range",
         ),
     ],

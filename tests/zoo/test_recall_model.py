@@ -15,7 +15,7 @@ from cacheplan.errors import InputError
 from cacheplan.profilers.prompts import Prompt, load_prompts
 from cacheplan.recipes import RECIPES
 from cacheplan.types import Budget, Entry, Plan, Site
-from cacheplan.verify import measure_damage
+from cacheplan.verification import measure_damage
 from cacheplan.zoo import embedded_path, embedded_prompts
 from cacheplan.zoo.recall.grammar import BOS, Mixture, document, recall_prompt
 from cacheplan.zoo.recall.make_prompts import MIXTURE, QUESTIONS, SPLITS, record

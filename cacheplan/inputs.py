@@ -1,0 +1,48 @@
+"""What every long command reads first: prompts, and the versions it runs with."""
+
+from __future__ import annotations
+
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cacheplan.errors import InputError
+
+if TYPE_CHECKING:
+    from cacheplan.adapters.language import LanguageModel
+    from cacheplan.profilers.prompts import Prompt
+
+
+def prompts_for(
+    loaded: LanguageModel, path: Path | None, role: str, split: float, limit: int | None
+) -> list[Prompt]:
+    """The prompts in `path`, or those that come with an embedded model.
+
+    `role` is "calibration" or "heldout".
+    """
+    from cacheplan.profilers.prompts import load_prompts
+    from cacheplan.zoo import embedded_path, embedded_prompts
+
+    name = loaded.spec.id
+    if path is None:
+        if embedded_path(name) is None:
+            raise InputError(
+                f'The model "{name}" brings no {role} prompts: give --prompts FILE (.txt or '
+                ".jsonl) with texts like those it will serve."
+            )
+        path = embedded_prompts(name, role)
+    return load_prompts(
+        path, loaded.tokenizer, split=split, limit=limit, longest=loaded.spec.max_length
+    )
+
+
+def installed_versions() -> tuple[tuple[str, str], ...]:
+    """Python and the packages that decide results, sorted."""
+    found = [("python", ".".join(map(str, sys.version_info[:3])))]
+    for package in ("cacheplan", "numpy", "scipy", "torch", "transformers"):
+        try:
+            found.append((package, version(package)))
+        except PackageNotFoundError:
+            continue
+    return tuple(sorted(found))
