@@ -1,0 +1,74 @@
+"""Progress on stderr: a bar in a terminal, a line every few seconds elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from cacheplan.cli.output import say
+
+EVERY = 5.0  # seconds between plain lines
+
+
+@contextmanager
+def progress(title: str) -> Iterator[Callable[[int, int, str], None]]:
+    """Yield the function that takes (prompts done, prompts in all, what is being done)."""
+    with _bar(title) if sys.stderr.isatty() else _lines(title) as report:
+        yield report
+
+
+@contextmanager
+def _bar(title: str) -> Iterator[Callable[[int, int, str], None]]:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    pace = Pace()
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        TextColumn("{task.fields[pace]}"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(f"{title}: loading the model", total=None, pace="")
+
+        def report(done: int, total: int, what: str) -> None:
+            text = pace.text(done, total)
+            bar.update(task, completed=done, total=total, pace=text, description=f"{title}: {what}")
+
+        yield report
+
+
+@contextmanager
+def _lines(title: str) -> Iterator[Callable[[int, int, str], None]]:
+    pace = Pace()
+    last = -EVERY
+    say(f"{title}: loading the model")
+
+    def report(done: int, total: int, what: str) -> None:
+        nonlocal last
+        text = pace.text(done, total)
+        if time.monotonic() - last >= EVERY:
+            last = time.monotonic()
+            say(f"{title}: {what}, {text}")
+
+    yield report
+
+
+class Pace:
+    """Rate and remaining time since the first report, which may follow an interrupted run."""
+
+    def __init__(self) -> None:
+        self.start: tuple[float, int] | None = None
+
+    def text(self, done: int, total: int) -> str:
+        now = time.monotonic()
+        began, first = self.start = self.start or (now, done)
+        text = f"{done}/{total} prompts"
+        if done > first and now > began:
+            rate = (done - first) / (now - began)
+            minutes, seconds = divmod(round((total - done) / rate), 60)
+            text += f", {rate:.2g}/s, {minutes}:{seconds:02} left"
+        return text
