@@ -15,13 +15,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-from record import environment
 from rich.console import Console
 from rich.table import Table
 from scipy.stats import spearmanr
 
 from cacheplan import api
 from cacheplan.adapters.language import load
+from cacheplan.environment import environment
 from cacheplan.profilers.prompts import load_prompts
 from cacheplan.recipes import RECIPES
 from cacheplan.verification import measure_damage

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from record import environment
 
+from cacheplan.environment import environment
 from cacheplan.solvers.registry import knapsack_solver
 from cacheplan.types.problem import Knapsack
 

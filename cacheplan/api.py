@@ -7,9 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cacheplan.environment import installed_versions
 from cacheplan.errors import InputError
 from cacheplan.generation import Generation, generate
-from cacheplan.inputs import installed_versions, prompts_for
+from cacheplan.inputs import prompts_for
 from cacheplan.plans.check import check, check_model, check_runnable
 from cacheplan.plans.io import read_plan as load_plan
 from cacheplan.plans.io import write_plan as save_plan

@@ -1,9 +1,7 @@
-"""What every long command reads first: prompts, and the versions it runs with."""
+"""The prompts that a command works on."""
 
 from __future__ import annotations
 
-import sys
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,14 +33,3 @@ def prompts_for(
     return load_prompts(
         path, loaded.tokenizer, split=split, limit=limit, longest=loaded.spec.max_length
     )
-
-
-def installed_versions() -> tuple[tuple[str, str], ...]:
-    """Python and the packages that decide results, sorted."""
-    found = [("python", ".".join(map(str, sys.version_info[:3])))]
-    for package in ("cacheplan", "numpy", "scipy", "torch", "transformers"):
-        try:
-            found.append((package, version(package)))
-        except PackageNotFoundError:
-            continue
-    return tuple(sorted(found))

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 FOLDERS = ("cacheplan", "profilers", "solvers", "kernels", "plans")  # links are not followed
 FILES = [path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py"))]
 
-GROUND = {"types", "errors", "atomic"}
+GROUND = {"types", "errors", "atomic", "environment"}
 PLANS = GROUND | {"plans", "solvers"}
 MODELS = GROUND | {"plans", "kernels", "scorers", "adapters"}
 ALL = PLANS | MODELS | {"profilers", "runtime", "recipes", "formulate", "budget"}
@@ -22,6 +22,7 @@ API = ALL | {"inputs", "generation", "verification", "zoo", "api"}
 MAY_IMPORT = {
     "types": set(),
     "errors": set(),
+    "environment": set(),
     "atomic": {"errors"},
     "kernels": set(),
     "plans": GROUND,
