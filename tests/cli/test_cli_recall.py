@@ -42,7 +42,7 @@ def test_profile_solve_run_verify_show(folder: Path) -> None:
     assert told["measured_bytes"] == told["planned_bytes"] < told["full_bytes"]
     found = cacheplan("verify --limit 2 --write --json")
     assert found["measured_bytes"] == found["planned_bytes"] <= 0.2 * found["full_bytes"]
-    assert found["measured"]["kl"] < 0.05
+    assert 0 < found["measured"]["kl"] < 0.2
     shown = cacheplan("show --json")
     assert shown["measured"] == {k: v for k, v in found["measured"].items() if v is not None}
     assert "layer   0    1    2" in cacheplan("show").stdout

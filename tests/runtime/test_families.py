@@ -13,7 +13,7 @@ from cacheplan.errors import UnsupportedError
 from cacheplan.runtime import apply
 from cacheplan.types import KeyDifference, KVAction
 
-FAMILIES = {
+FAMILIES: dict[str, dict[str, Any]] = {
     "Qwen2": {"use_sliding_window": False},
     "Qwen3": {"head_dim": 16},
     "Mistral": {"sliding_window": None, "head_dim": 16},

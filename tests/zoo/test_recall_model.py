@@ -18,7 +18,7 @@ from cacheplan.types import Budget, Entry, Plan, Site
 from cacheplan.verification import measure_damage
 from cacheplan.zoo import embedded_path, embedded_prompts
 from cacheplan.zoo.recall.grammar import BOS, Mixture, document, recall_prompt
-from cacheplan.zoo.recall.make_prompts import HOPS, MIXTURE, QUESTIONS, SPLITS, record
+from cacheplan.zoo.recall.make_prompts import MIXTURE, QUESTIONS, SPLITS, record
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def drawn(tokenizer: Any, words: int, count: int, folder: Path) -> list[Prompt]:
     lines = []
     for seed in range(count):
         before, after, answers = recall_prompt(
-            random.Random(70_000 + seed), words - 140, QUESTIONS, HOPS, MIXTURE
+            random.Random(70_000 + seed), words - 120, QUESTIONS, MIXTURE
         )
         lines.append(
             {"context": before.removeprefix(f"{BOS} "), "continuation": after, "answers": answers}

@@ -5,16 +5,12 @@ A document is a stream of sentences over a closed vocabulary of whole words::
     <bos> the code of alice is amber . the river was calm full of people .
     copy : lamp stone crow again : lamp stone crow .
     recall the code of alice is amber .
-    the pet of bob is alice .
-    recall the code of pet of bob is amber .
 
-A *fact* binds a (relation, name) pair to a value, so several facts share a name and recalling
-one needs both keys. A *question* repeats the wording of a fact stated earlier, usually far
-back; its value is an *answer*. A *hop* asks for a fact of somebody's pet: two facts must be
-found, one after the other, so several layers of the model must remember. *Filler* is a first-
-order Markov chain that needs only local context. *Copies* repeat a segment once. Evicting the
-wrong keys breaks answers and copies and leaves filler alone, which is what separates cache-
-compression methods.
+A *fact* binds a (relation, name) pair to a value, so several facts share a name and
+recalling one needs both keys.  A *question* repeats the wording of a fact stated earlier,
+usually far back; its value is an *answer*.  *Filler* is a first-order Markov chain that needs
+only local context.  *Copies* repeat a segment once.  Evicting the wrong keys breaks answers
+and copies and leaves filler alone, which is what separates cache-compression methods.
 """
 
 from __future__ import annotations
@@ -26,7 +22,6 @@ PAD, BOS, UNK = "<pad>", "<bos>", "<unk>"
 
 GLUE = "the of is . : recall copy again".split()
 RELATIONS = "code colour city song tool pet".split()
-PET = "pet"  # its values are names
 NAMES = (
     "alice bob carol david emma frank grace henry irene jack karen liam maria noah olive peter "
     "queenie robert sara thomas ursula victor wendy xavier yvonne zach adam beth chris diana "
@@ -68,7 +63,6 @@ class Mixture:
     relations: int = len(RELATIONS)
     fact: float = 0.2
     question: float = 0.2
-    hop: float = 0.0
     copy: float = 0.04
     copied: float = 0.0
 
@@ -93,29 +87,12 @@ class Document:
     def fact(self) -> None:
         key = self.rng.choice(RELATIONS[: self.mixture.relations]), self.rng.choice(self._names)
         if key not in self.facts:
-            others = [name for name in self._names if name != key[1]]
-            self.facts[key] = self.rng.choice(others if key[0] == PET else VALUES)
+            self.facts[key] = self.rng.choice(VALUES)
             self._say(["the", key[0], "of", key[1], "is", self.facts[key], "."])
 
     def question(self, key: tuple[str, str]) -> None:
         self._say(["recall", "the", key[0], "of", key[1], "is"])
         self._say([self.facts[key]], answer=True)
-        self._say(["."])
-
-    def hops(self) -> list[tuple[str, str]]:
-        """What can be asked about pets: (relation, name of the pet's owner)."""
-        return [
-            (relation, owner)
-            for (kind, owner), pet in self.facts.items()
-            if kind == PET
-            for relation in RELATIONS
-            if relation != PET and (relation, pet) in self.facts
-        ]
-
-    def hop(self, key: tuple[str, str]) -> None:
-        relation, owner = key
-        self._say(["recall", "the", relation, "of", PET, "of", owner, "is"])
-        self._say([self.facts[relation, self.facts[PET, owner]]], answer=True)
         self._say(["."])
 
     def filler(self) -> None:
@@ -137,12 +114,7 @@ class Document:
             self.fact()
         elif draw < mix.fact + mix.question:
             self.question(self.rng.choice(list(self.facts)))
-        elif draw < mix.fact + mix.question + mix.hop:
-            if hops := self.hops():
-                self.hop(self.rng.choice(hops))
-            else:
-                self.fact()
-        elif draw < mix.fact + mix.question + mix.hop + mix.copy:
+        elif draw < mix.fact + mix.question + mix.copy:
             self.copy()
         else:
             self.filler()
@@ -164,21 +136,20 @@ def document(rng: random.Random, length: int, mixture: Mixture) -> tuple[list[st
 
 
 def recall_prompt(
-    rng: random.Random, context: int, questions: int, hops: int, mixture: Mixture
+    rng: random.Random, context: int, questions: int, mixture: Mixture
 ) -> tuple[str, str, list[tuple[int, int]]]:
-    """Draw one evaluation prompt: a context, then different questions on its facts, and hops.
+    """Draw one evaluation prompt: a context, then questions on different facts of it.
 
     Returns the context text, the continuation text and the character span of each answer in
     the continuation.
     """
     doc = Document(rng, mixture)
-    while len(doc) < context or len(doc.facts) < questions or len(doc.hops()) < hops:
+    while len(doc) < context or len(doc.facts) < questions:
         doc.sentence()
-    chosen = [(doc.question, key) for key in rng.sample(list(doc.facts), questions)]
-    chosen += [(doc.hop, key) for key in rng.sample(doc.hops(), hops)]
+    chosen = rng.sample(list(doc.facts), questions)
     start = len(doc)
-    for ask, key in chosen:
-        ask(key)
+    for key in chosen:
+        doc.question(key)
         if rng.random() < 0.5:
             doc.filler()
     words, flags = doc.words[start:], doc.answer[start:]

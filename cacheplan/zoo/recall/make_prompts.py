@@ -12,8 +12,8 @@ from pathlib import Path
 
 from cacheplan.zoo.recall.grammar import BOS, Mixture, recall_prompt
 
-CONTEXT, QUESTIONS, HOPS = 400, 8, 6
-MIXTURE = Mixture(names=12, fact=0.25, question=0.02, hop=0.02)
+CONTEXT, QUESTIONS = 400, 12
+MIXTURE = Mixture(names=24, fact=0.2, question=0.03, copy=0.04)
 SPLITS = {
     "calibration": (range(10_000, 10_024), CONTEXT),
     "heldout": (range(20_000, 20_048), CONTEXT),
@@ -22,7 +22,7 @@ SPLITS = {
 
 def record(seed: int, context: int) -> dict[str, object]:
     """One prompt as a line of a `.jsonl` file; the tokenizer adds the first token itself."""
-    before, after, answers = recall_prompt(random.Random(seed), context, QUESTIONS, HOPS, MIXTURE)
+    before, after, answers = recall_prompt(random.Random(seed), context, QUESTIONS, MIXTURE)
     return {"context": before.removeprefix(f"{BOS} "), "continuation": after, "answers": answers}
 
 

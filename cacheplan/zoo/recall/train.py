@@ -1,12 +1,10 @@
 """Train the embedded recall model and write it as an ordinary `transformers` folder.
 
-    python -m cacheplan.zoo.recall.train OUT [--seed 0] [--resume FOLDER --stage 4]
+    python -m cacheplan.zoo.recall.train OUT [--seed 0]
 
 The curriculum starts with copied segments, from which induction heads grow, then one relation
-per name, then all relations, then pairs of facts, then long documents. A drill ends as soon as
-it is mastered. The whole reads about 14 million words, half an hour on two CPU cores. The
-shipped weights came about in steps: an earlier curriculum without pairs of facts (stages 0 to
-3, then long documents), then `--stage 4` on top of it.
+per name, then all relations, then long documents.  A drill ends as soon as it is mastered.  The
+whole reads 14 million words, about half an hour on two CPU cores.
 """
 
 from __future__ import annotations
@@ -41,10 +39,8 @@ CURRICULUM = (
     Stage(6e6, 128, Mixture(names=8, relations=1, fact=0.3, question=0.5, copied=0.3), 0.95),
     Stage(6e6, 128, Mixture(names=6, relations=3, fact=0.3, question=0.5, copied=0.1), 0.95),
     Stage(8e6, 256, Mixture(names=12, relations=6, fact=0.3, question=0.4, copied=0.1), 0.97),
-    Stage(6e6, 128, Mixture(names=6, fact=0.3, question=0.1, hop=0.4, copy=0.02), 0.95),
-    Stage(4e6, 256, Mixture(names=12, fact=0.3, question=0.15, hop=0.3), 0.97),
-    Stage(2e6, 512, Mixture(names=20, fact=0.25, question=0.15, hop=0.25, copied=0.03)),
-    Stage(1.2e6, 1024, Mixture(names=28, fact=0.2, question=0.15, hop=0.2, copied=0.03)),
+    Stage(4e6, 512, Mixture(names=24, relations=6, fact=0.25, question=0.35, copied=0.05)),
+    Stage(4e6, 1024, Mixture(names=32, relations=6, fact=0.2, question=0.3, copied=0.03)),
 )
 COOLDOWN = 2  # the learning rate falls linearly over so many last stages
 BATCH_TOKENS = 4096
@@ -97,20 +93,20 @@ def batch(rng: random.Random, stage: Stage) -> tuple[Tensor, Tensor]:
     return ids, torch.tensor([flags for _, flags in drawn])
 
 
-def train(out: Path, seed: int, resume: Path | None, first: int) -> Any:
-    """Run the curriculum from stage `first`; saves to `out` after every stage."""
+def train(seed: int) -> Any:
+    """Run the curriculum; returns the trained model in float32."""
     from transformers import LlamaForCausalLM
 
     torch.manual_seed(seed)
     rng = random.Random(seed)
-    model = LlamaForCausalLM.from_pretrained(resume) if resume else LlamaForCausalLM(config())
+    model = LlamaForCausalLM(config())
     forward: Any = torch.compile(model, dynamic=False)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=PEAK_RATE, betas=(0.9, 0.98), weight_decay=0.05
     )
     seen, started, step = 0, time.time(), 0
     cooldown, cooled = sum(stage.tokens for stage in CURRICULUM[-COOLDOWN:]), 0.0
-    for number, stage in list(enumerate(CURRICULUM))[first:]:
+    for number, stage in enumerate(CURRICULUM):
         read, right = 0, 0.0
         while read < stage.tokens and right < stage.mastered:
             rate = PEAK_RATE * min(1.0, seen / WARMUP_TOKENS) * (1 - cooled / cooldown)
@@ -139,7 +135,6 @@ def train(out: Path, seed: int, resume: Path | None, first: int) -> Any:
                     f"loss {loss.mean().item():.3f} answers {right:.3f}",
                     flush=True,
                 )
-        model.save_pretrained(out)
     return model
 
 
@@ -147,10 +142,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("out", type=Path)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--resume", type=Path, help="a folder with weights to start from")
-    parser.add_argument("--stage", type=int, default=0, help="the first stage to run")
     arguments = parser.parse_args()
-    train(arguments.out, arguments.seed, arguments.resume, arguments.stage)
+    model = train(arguments.seed)
+    model.save_pretrained(arguments.out)
     tokenizer().save_pretrained(arguments.out)
 
 
