@@ -110,7 +110,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
     for name in RECIPES:
         mine = [row for row in rows if row["recipe"] == name]
         style = {"linewidth": 3, "color": "black"} if name == "planned" else {"alpha": 0.8}
@@ -120,8 +120,8 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     axes[1].axhline(rows[0]["full_recall"], linestyle=":", color="grey", label="full cache")
     axes[0].set(xlabel="cache kept", ylabel="KL to the full cache (nats/token)", yscale="log")
     axes[1].set(xlabel="cache kept", ylabel="recall of facts (exact match)", ylim=(0, 1.03))
-    axes[1].legend(fontsize=8)
-    figure.suptitle("Embedded model, held-out prompts: lower left and upper right are better")
+    figure.legend(*axes[1].get_legend_handles_labels(), loc="outside right center", fontsize=9)
+    figure.suptitle("Embedded model, 48 held-out prompts: damage (lower is better) and recall")
     figure.savefig(path, dpi=110)
 
 

@@ -130,14 +130,14 @@ class PlanLayer(AttendingLayer):
         if self.seen == self._new:
             self._evict_after_prompt(query, scale)
         elif every is not None:
-            if self._new > every:
+            if self._since + self._new > every:
                 raise UnsupportedError(
-                    f"The plan evicts every {every} tokens but {self._new} came in one call: "
-                    f"feed at most {every} at a time after the prompt."
+                    f"The plan evicts every {every} tokens, but {self._new} came in one call when "
+                    f"{every - self._since} were left until then: feed no more than those."
                 )
             self._accumulate(query, scale)
             self._since += self._new
-            if self._since >= every:
+            if self._since == every:
                 self._evict_while_decoding(query, scale)
                 self._since = 0
 

@@ -27,7 +27,7 @@ def recall() -> Any:
 
 
 def drawn(tokenizer: Any, words: int, count: int, folder: Path) -> list[Prompt]:
-    """Fresh prompts whose whole text has about `words` words."""
+    """Fresh prompts whose whole text has at least about `words` words."""
     lines = []
     for seed in range(count):
         before, after, answers = recall_prompt(

@@ -1,0 +1,52 @@
+"""The README's table of recipes, from the JSON of `benchmarks/recipes.py`.
+
+python benchmarks/markdown.py benchmarks/results/recipes.json
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def recipe_table(result: dict[str, Any]) -> str:
+    """KL and recall of every recipe at every budget, best KL of each budget in bold."""
+    rows = result["rows"]
+    budgets = sorted({row["budget"] for row in rows}, reverse=True)
+    names = list(dict.fromkeys(row["recipe"] for row in rows))
+    cell = {(row["recipe"], row["budget"]): row for row in rows}
+    best = {b: min(row["kl"] for row in rows if row["budget"] == b) for b in budgets}
+    heads = ["KL to the full cache, recall", *(f"keep {budget:g}" for budget in budgets)]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for name in names:
+        texts = []
+        for budget in budgets:
+            row = cell[name, budget]
+            kl = f"{row['kl']:.4f}"
+            if row["kl"] == best[budget]:
+                kl = f"**{kl}**"
+            texts.append(f"{kl}, {100 * row['recall']:.1f} %")
+        lines.append(f"| {name} | " + " | ".join(texts) + " |")
+    return "\n".join(lines)
+
+
+def headline(result: dict[str, Any]) -> str:
+    """How far ahead the plan is, and how good predictions are, in two sentences."""
+    summary = result["summary"]
+    ahead = ", ".join(
+        f"{1 / found['ratio']:.0f} times less KL at {budget} (next: {found['best_other']})"
+        for budget, found in summary["planned_over_best_other"].items()
+    )
+    low, high = summary["measured_over_predicted"]
+    return (
+        f"Against the best other row, `planned` has {ahead}. Prediction against measurement over "
+        f"all {len(result['rows'])} rows: rank correlation {summary['rank_correlation']:.2f}, "
+        f"measured over predicted between {low:.2f} and {high:.1f}"
+    )
+
+
+if __name__ == "__main__":
+    found = json.loads(Path(sys.argv[1]).read_text())
+    print(recipe_table(found), headline(found), sep="\n\n")

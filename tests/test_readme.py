@@ -1,0 +1,42 @@
+"""The README's figures are those of the stored measurement."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from types import ModuleType
+
+ROOT = Path(__file__).parents[1]
+
+
+def load(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_readme_shows_the_measured_numbers() -> None:
+    markdown = load(ROOT / "benchmarks" / "markdown.py")
+    result = json.loads((ROOT / "benchmarks" / "results" / "recipes.json").read_text())
+    readme = (ROOT / "README.md").read_text()
+    assert markdown.recipe_table(result) in readme
+    assert markdown.headline(result) in " ".join(readme.split())
+
+
+def test_every_stored_row_holds_its_promises() -> None:
+    result = json.loads((ROOT / "benchmarks" / "results" / "recipes.json").read_text())
+    for row in result["rows"]:
+        assert row["planned_bytes"] == row["measured_bytes"]
+        assert row["measured_bytes"] <= row["budget"] * row["full_bytes"]
+
+
+def test_linked_files_exist() -> None:
+    import re
+
+    for document in (ROOT / "README.md", ROOT / "CONTRIBUTING.md"):
+        for target in re.findall(r"\]\(([^)#:]+)\)", document.read_text()):
+            assert (document.parent / target).exists(), target
