@@ -24,7 +24,7 @@ def recipe_table(result: dict[str, Any]) -> str:
         texts = []
         for budget in budgets:
             row = cell[name, budget]
-            kl = f"{row['kl']:.4f}"
+            kl = f"{row['kl']:.2g}"
             if row["kl"] == best[budget]:
                 kl = f"**{kl}**"
             texts.append(f"{kl}, {100 * row['recall']:.1f} %")
