@@ -121,7 +121,9 @@ def realize(
         for site, option in enumerate(solution.choice.tolist()):
             layer, head = divmod(site, spec.kv_heads)
             a, g = divmod(option, len(profile.keeps))
-            action = replace(recipe.candidates[a], keep=profile.keeps[g])
+            keep = profile.keeps[g]
+            chosen = recipe.candidates[0 if keep == 1.0 else a]  # who keeps all need not choose
+            action = replace(chosen, keep=keep)
             entries.append(Entry(site=Site(layer=layer, head=head), action=action))
         return tuple(entries)
     (candidate,) = recipe.candidates

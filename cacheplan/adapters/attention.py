@@ -148,20 +148,29 @@ def causal_attention(
     return output
 
 
+def check_attention(model: Any) -> None:
+    """Raise UnsupportedError unless the model runs stock SDPA attention, with no plan applied."""
+    running = model.config._attn_implementation
+    if running == IMPLEMENTATION:
+        raise UnsupportedError(
+            "A plan is already applied to this model: leave that `with` block first."
+        )
+    if running != "sdpa":
+        raise UnsupportedError(
+            f'The model runs attention "{running}", but plans need "sdpa": '
+            'load it with attn_implementation="sdpa".'
+        )
+
+
 @contextmanager
 def attending(model: Any) -> Iterator[None]:
     """Route the model's attention through cache layers; restore it on leaving."""
+    check_attention(model)
     # additive and idempotent: no existing implementation is touched
     AttentionInterface.register(IMPLEMENTATION, _attention)
     AttentionMaskInterface.register(IMPLEMENTATION, _mask)
-    before = model.config._attn_implementation
-    if before not in ("sdpa", IMPLEMENTATION):
-        raise UnsupportedError(
-            f'The model runs attention "{before}", but plans need "sdpa": '
-            'load it with attn_implementation="sdpa".'
-        )
     model.set_attn_implementation(IMPLEMENTATION)
     try:
         yield
     finally:
-        model.set_attn_implementation(before)
+        model.set_attn_implementation("sdpa")

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import DynamicCache
 
-from cacheplan.adapters.attention import attending
+from cacheplan.adapters.attention import attending, check_attention
 from cacheplan.adapters.language import describe
 from cacheplan.errors import UnsupportedError
 from cacheplan.runtime.cache import PlanCache
@@ -27,6 +27,7 @@ def apply(model: Any, plan: Plan) -> Iterator[list[PlanCache]]:
     Raises ModelMismatchError if the plan was made for another model, UnsupportedError if the
     model or the plan is outside what the runtime does.
     """
+    check_attention(model)
     spec = describe(model)
     PlanCache(plan, spec)  # refuse here, not at the first forward call
     _refuse_generation_settings(model)

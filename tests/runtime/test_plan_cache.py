@@ -76,6 +76,25 @@ def test_leaving_restores_the_model(tiny_llama: Any, make_plan: Any) -> None:
     assert torch.equal(generate(tiny_llama), before)
 
 
+def test_applying_twice_is_refused(tiny_llama: Any, make_plan: Any) -> None:
+    plan = make_plan(HALF)
+    with apply(tiny_llama, plan):
+        with pytest.raises(UnsupportedError, match="already applied"), apply(tiny_llama, plan):
+            raise AssertionError("not reached")
+        generate(tiny_llama)
+    assert tiny_llama.config._attn_implementation == "sdpa"
+
+
+def test_misaligned_steps_of_an_evicting_plan_are_refused(tiny_llama: Any, make_plan: Any) -> None:
+    plan = make_plan(KVAction(keep=0.5, scorer=KeyNorm()), decode_every=4)
+    cache = PlanCache(plan)
+    with apply(tiny_llama, plan), torch.no_grad():
+        tiny_llama(input_ids=IDS, past_key_values=cache)
+        tiny_llama(input_ids=IDS[:, :3], past_key_values=cache)
+        with pytest.raises(UnsupportedError, match="1 were left until then"):
+            tiny_llama(input_ids=IDS[:, :2], past_key_values=cache)
+
+
 def test_prompts_do_not_leak_into_each_other(tiny_llama: Any, make_plan: Any) -> None:
     plan = make_plan(HALF)
     other = torch.randint(0, 97, (1, 33))
