@@ -40,7 +40,7 @@ def show(
     """
     if path is None:
         path = PROFILE if PROFILE.exists() and not PLAN.exists() else PLAN
-    if path.suffix == PROFILE.suffix:
+    if _holds_profile(path):
         profile = api.load_profile(path)
         if as_json:
             emit({"file": str(path), **profile_facts(profile)})
@@ -58,6 +58,16 @@ def show(
             if plan.measured is None
             else f"cacheplan run --plan {path}"
         )
+
+
+def _holds_profile(path: Path) -> bool:
+    """Whether a file is in the safetensors format: a length of 8 bytes, then a JSON header."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(9)
+    except OSError:
+        start = b""
+    return path.suffix == PROFILE.suffix or (start[8:] == b"{" and start[:1] != b"{")
 
 
 def _show_plan(path: Path, plan: Plan) -> None:

@@ -48,6 +48,11 @@ def test_profile_solve_run_verify_show(folder: Path) -> None:
     assert "layer   0    1    2" in cacheplan("show").stdout
 
 
+def test_a_profile_is_known_by_its_content(folder: Path) -> None:
+    (folder / "measured").write_bytes((folder / "profile.safetensors").read_bytes())
+    assert cacheplan("show measured").stdout.startswith("measured: recall")
+
+
 def test_shards_merge_to_the_same_bytes(folder: Path) -> None:
     texts = ["the code of alice is amber . " * 8, "the river was calm . " * 9]
     (folder / "short.txt").write_text("\n\n".join(texts))
