@@ -161,7 +161,7 @@ def solve(
     """
     from cacheplan.budget import parse_budget
     from cacheplan.formulate import formulate, predict, reached, realize, statistic
-    from cacheplan.recipes import find_recipe
+    from cacheplan.recipes import find_recipe, while_decoding
     from cacheplan.solvers.prefix import Prefix
     from cacheplan.solvers.registry import knapsack_solver
     from cacheplan.solvers.uniform import Uniform
@@ -171,8 +171,10 @@ def solve(
     if size < 1:
         raise InputError(f"The length is {length} tokens, expected at least 1.")
     asked = parse_budget(budget, profile.model, size)
-    problem = formulate(profile, row, asked)
     every = decode_every if decode_every is not None else row.decode_every
+    if every is not None:
+        row = while_decoding(replace(row, decode_every=every))
+    problem = formulate(profile, row, asked)
     solution: Solution
     if isinstance(problem, Knapsack):
         solution = knapsack_solver(solver)(problem)

@@ -6,6 +6,7 @@ The free product of the cells is what `planned` searches; the rows reproduce pap
 from __future__ import annotations
 
 import difflib
+from dataclasses import replace
 
 from cacheplan.errors import InputError
 from cacheplan.types import (
@@ -123,6 +124,12 @@ _PLANNED = Recipe(
 RECIPES = {row.name: row for row in (_PLANNED, *_ROWS)}
 CANDIDATES = tuple(dict.fromkeys(c for row in RECIPES.values() for c in row.candidates))
 DEFAULT = _PLANNED.name
+
+
+def while_decoding(recipe: Recipe) -> Recipe:
+    """The same choice of options without those that cannot rank tokens while decoding."""
+    able = tuple(c for c in recipe.candidates if not isinstance(c.scorer, WindowAttention))
+    return replace(recipe, candidates=able) if len(recipe.candidates) > 1 else recipe
 
 
 def find_recipe(name: str) -> Recipe:

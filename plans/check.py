@@ -74,6 +74,10 @@ def check_runnable(plan: Plan) -> None:
                 "any other scorer where trigger.decode_every is set, "
                 "because the window belongs to the prompt",
             )
+        if plan.trigger.decode_every is not None and action.share != "head":
+            _refuse(f"{at}.share", action.share, '"head" where trigger.decode_every is set')
+        if plan.trigger.decode_every is not None and action.split != "equal":
+            _refuse(f"{at}.split", action.split, '"equal" where trigger.decode_every is set')
         kind = plan.model.layer_kinds[entry.site.layer]
         if kind != FULL_ATTENTION and (action.keep < 1 or plan.budget.max_rows is not None):
             _refuse(f"{at}.keep", action.keep, f"1 without max_rows in a layer of {kind}")

@@ -55,7 +55,10 @@ def rows_after(plan: Plan, length: int, generated: int) -> Integers:
 
 
 def row_bytes(action: KVAction, spec: ModelSpec, element_size: int, trigger: Trigger) -> int:
-    """Bytes of one row: key, value, and the float32 score that decoding goes on adding to."""
+    """Bytes of one row: key, value, and the float32 score that decoding goes on adding to.
+
+    Where one head of a layer has such scores, the storage of the whole layer holds them.
+    """
     score = trigger.decode_every is not None and isinstance(action.scorer, AccumulatedAttention)
     return spec.token_width * element_size + 4 * score
 
@@ -74,7 +77,7 @@ def cache_bytes(plan: Plan, length: int, element_size: int, generated: int = 0) 
             size[_place(entry.site)] = row_bytes(
                 entry.action, plan.model, element_size, plan.trigger
             )
-    return int((capacity * size).sum())
+    return int((capacity * size.max(1, keepdims=True)).sum())
 
 
 def full_bytes(spec: ModelSpec, length: int, element_size: int) -> int:

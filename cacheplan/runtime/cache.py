@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -34,6 +34,7 @@ class PlanCache(AttendingCache):
             check_model(plan, spec)
         self.plan = plan
         self.prompt_length = 0
+        self._rows_at: tuple[int, list[list[int]]] = (-1, [])  # all layers ask for one length
         super().__init__([PlanLayer(self, index) for index in range(plan.model.layers)])
 
     def rows(self, length: int) -> list[list[int]]:
@@ -41,8 +42,6 @@ class PlanCache(AttendingCache):
         if self._rows_at[0] != length:
             self._rows_at = length, kept_rows(self.plan, length).tolist()
         return self._rows_at[1]
-
-    _rows_at: tuple[int, list[list[int]]] = (-1, [])
 
     @property
     def lengths(self) -> list[list[int]]:
@@ -122,28 +121,27 @@ class PlanLayer(AttendingLayer):
                 lengths=rows.lengths,
                 scale=scale,
             ).transpose(1, 2)
-        self._after_attention(query, scale)
+        self._after_attention(rows, query, scale)
         return output.contiguous()
 
-    def _after_attention(self, query: Tensor, scale: float) -> None:
+    def _after_attention(self, rows: RaggedRows, query: Tensor, scale: float) -> None:
         every = self.cache.plan.trigger.decode_every
         if self.seen == self._new:
-            self._evict_after_prompt(query, scale)
+            self._evict_after_prompt(rows, query, scale)
         elif every is not None:
             if self._since + self._new > every:
                 raise UnsupportedError(
                     f"The plan evicts every {every} tokens, but {self._new} came in one call when "
                     f"{every - self._since} were left until then: feed no more than those."
                 )
-            self._accumulate(query, scale)
+            if rows.state is not None:
+                self._accumulate(rows, rows.state, query, scale)
             self._since += self._new
             if self._since == every:
-                self._evict_while_decoding(query, scale)
+                self._evict_while_decoding(rows, query, scale)
                 self._since = 0
 
-    def _evict_after_prompt(self, query: Tensor, scale: float) -> None:
-        rows = self.rows
-        assert rows is not None
+    def _evict_after_prompt(self, rows: RaggedRows, query: Tensor, scale: float) -> None:
         key, _ = rows.dense()
         counts = self.cache.rows(self.seen)[self.index]
         kept: dict[int, Tensor] = {}
@@ -161,9 +159,7 @@ class PlanLayer(AttendingLayer):
                     kept[b * rows.heads + h] = chosen[b * len(heads) + i]
         rows.keep([kept[r] for r in range(len(kept))])
 
-    def _evict_while_decoding(self, query: Tensor, scale: float) -> None:
-        rows = self.rows
-        assert rows is not None
+    def _evict_while_decoding(self, rows: RaggedRows, query: Tensor, scale: float) -> None:
         counts = self.cache.rows(self.seen)[self.index]
         group = query.shape[1] // rows.heads
         kept: dict[int, Tensor] = {}
@@ -171,8 +167,7 @@ class PlanLayer(AttendingLayer):
             for r in (b * rows.heads + h for b in range(rows.batch) for h in heads):
                 key = rows.keys[rows.row(r)][None, None]
                 count = min(counts[r % rows.heads], rows.lengths[r])
-                if isinstance(action.scorer, AccumulatedAttention):
-                    assert rows.state is not None
+                if rows.state is not None and isinstance(action.scorer, AccumulatedAttention):
                     scores = rows.state[rows.row(r)][None, None]
                 else:
                     b, h = divmod(r, rows.heads)
@@ -187,29 +182,24 @@ class PlanLayer(AttendingLayer):
             isinstance(action.scorer, AccumulatedAttention) for _, action in self._groups
         )
 
-    def _accumulate(self, query: Tensor, scale: float) -> None:
+    def _accumulate(self, rows: RaggedRows, state: Tensor, query: Tensor, scale: float) -> None:
         """Add the step's attention to the scores of the tokens it saw (H2O)."""
-        rows = self.rows
-        if not self._accumulates or rows is None or rows.state is None:
-            return
-        G = query.shape[1] // rows.heads
+        group = query.shape[1] // rows.heads
         for r in range(len(rows.lengths)):
             b, h = divmod(r, rows.heads)
-            own = query[b : b + 1, h * G : (h + 1) * G]
+            own = query[b : b + 1, h * group : (h + 1) * group]
             key = rows.keys[rows.row(r)][None, None]
-            rows.state[rows.row(r)] += column_sums(own, key, scale=scale)[0, 0]
+            state[rows.row(r)] += column_sums(own, key, scale=scale)[0, 0]
 
 
 def _heads_by_action(plan: Plan, layer: int) -> list[tuple[list[int], KVAction]]:
     """The kv heads of one layer, grouped by what is done, so that each scorer runs once."""
-    groups: dict[Any, tuple[list[int], KVAction]] = {}
+    groups: dict[KVAction, list[int]] = {}
     for entry in plan.entries:
         action = entry.action
         if entry.site.layer != layer or not isinstance(action, KVAction):
             continue
         whole = entry.site.head is None
         heads = list(range(plan.model.kv_heads)) if whole else [entry.site.head or 0]
-        cells = action.scorer, action.sinks, action.recent, action.recent_share
-        key = (cells, action.share, action.split, action.floor)
-        groups.setdefault(key, ([], action))[0].extend(heads)
-    return list(groups.values())
+        groups.setdefault(replace(action, keep=1.0), []).extend(heads)
+    return [(heads, action) for action, heads in groups.items()]

@@ -10,7 +10,13 @@ import pytest
 
 from cacheplan import api
 from cacheplan.budget import parse_budget
-from cacheplan.errors import InfeasibleError, InputError, ModelMismatchError, ProfileError
+from cacheplan.errors import (
+    InfeasibleError,
+    InputError,
+    ModelMismatchError,
+    ProfileError,
+    UnsupportedError,
+)
 from cacheplan.formulate import formulate, predict, reached
 from cacheplan.plans.io import dumps
 from cacheplan.plans.rows import kept_rows
@@ -146,6 +152,23 @@ def test_score_state_counts_against_the_budget(profile: Profile) -> None:
     assert isinstance(action, KVAction)
     assert action.keep == pytest.approx(0.5 * 128 / 132)
     assert reached(profile, plan.entries, plan.trigger.decode_every) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("recipe", ["planned", "keydiff", "streaming_llm", "h2o"])
+def test_budgets_hold_while_decoding(profile: Profile, recipe: str) -> None:
+    plan = api.solve(profile, budget=0.3, recipe=recipe, decode_every=8)
+    assert plan.trigger.decode_every == 8
+    assert plan.budget.reached <= 0.3 + 1e-9
+    found = api.generate(plan, max_new_tokens=33)
+    assert found.planned_bytes == found.measured_bytes <= 0.3 * found.full_bytes
+    verified = api.verify(plan, limit=1)
+    assert verified.planned_bytes == verified.measured_bytes
+
+
+@pytest.mark.parametrize("recipe", ["snapkv", "adakv", "prefixkv"])
+def test_recipes_that_cannot_evict_while_decoding_say_so(profile: Profile, recipe: str) -> None:
+    with pytest.raises(UnsupportedError, match="decode_every"):
+        api.solve(profile, budget=0.3, recipe=recipe, decode_every=8)
 
 
 def test_unknown_names(profile: Profile) -> None:

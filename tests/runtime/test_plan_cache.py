@@ -139,6 +139,23 @@ def test_decode_trigger_holds_the_budget_while_generating(tiny_llama: Any, make_
             assert held <= 0.3 * 6 * (50 + step) + 6 * (step % 4) + 1e-9
 
 
+def test_scores_of_one_head_are_stored_for_its_layer(tiny_llama: Any, make_plan: Any) -> None:
+    keeps = {(layer, head): 0.3 + 0.1 * head for layer in range(3) for head in (0, 1)}
+    plan = make_plan(
+        {
+            at: KVAction(keep=keep, scorer=KeyNorm() if at[1] else AccumulatedAttention())
+            for at, keep in keeps.items()
+        },
+        decode_every=2,
+    )
+    cache = PlanCache(plan)
+    with apply(tiny_llama, plan), torch.no_grad():
+        tiny_llama(input_ids=IDS, past_key_values=cache)
+        for step in range(7):
+            tiny_llama(input_ids=IDS[:, :1], past_key_values=cache)
+            assert cache.nbytes == cache.planned_bytes, step
+
+
 def test_heavy_hitters_are_column_sums_and_never_return(tiny_llama: Any, make_plan: Any) -> None:
     """H2O: after T steps the scores are the attention each kept key has received since then."""
     plan = make_plan(
