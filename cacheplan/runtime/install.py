@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import DynamicCache
 
-from cacheplan.adapters.attention import attending, check_attention
+from cacheplan.adapters.attention import AttendingCache, attending, check_attention
 from cacheplan.adapters.language import describe
 from cacheplan.errors import UnsupportedError
 from cacheplan.runtime.cache import PlanCache
@@ -20,9 +20,13 @@ def apply(model: Any, plan: Plan) -> Iterator[list[PlanCache]]:
     """Make every generation of `model` follow `plan` until the block ends.
 
     A forward call without a cache, or with an empty stock one as `generate` makes, gets a
-    `PlanCache`; caches made are appended to the list that the `with` statement yields (the last
-    one is the newest).  Whoever manages `past_key_values` passes `PlanCache(plan)` instead.
-    Leaving the block restores attention and hooks exactly.
+    `PlanCache`; other stock caches are refused, as they would bypass the plan.  Caches made are
+    appended to the list that the `with` statement yields (the last one is the newest).  Whoever
+    manages `past_key_values` passes `PlanCache(plan)` instead.  Leaving the block restores
+    attention and hooks exactly.
+
+    The first call on an empty cache is taken for the whole prompt: do not hand `generate` a
+    `prefill_chunk_size`, whose later chunks look like a second turn and would all stay.
 
     Raises ModelMismatchError if the plan was made for another model, UnsupportedError if the
     model or the plan is outside what the runtime does.
@@ -36,10 +40,13 @@ def apply(model: Any, plan: Plan) -> Iterator[list[PlanCache]]:
 
     def give_cache(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         past = kwargs.get("past_key_values")
-        if past is None and kwargs.get("use_cache") is not False:
-            pass
-        elif not isinstance(past, DynamicCache) or past.get_seq_length() > 0:
+        if isinstance(past, AttendingCache) or (past is None and kwargs.get("use_cache") is False):
             return None
+        if past is not None and (type(past) is not DynamicCache or past.get_seq_length() > 0):
+            raise UnsupportedError(
+                f"A {type(past).__name__} holding {past.get_seq_length()} tokens was passed while "
+                "a plan is applied, which would bypass it: pass PlanCache(plan) or no cache."
+            )
         made.append(PlanCache(plan))
         return args, {**kwargs, "past_key_values": made[-1]}
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 from cacheplan.errors import InfeasibleError, ModelMismatchError, UnsupportedError
 from cacheplan.runtime import PlanCache, apply
@@ -227,6 +228,17 @@ def test_beams_are_refused(tiny_llama: Any, make_plan: Any, settings: dict[str, 
                 tiny_llama.generate(IDS, max_new_tokens=4, **settings, **sampling)
         else:  # generate repeats the prompt itself, which is an ordinary batch
             assert tiny_llama.generate(IDS, max_new_tokens=4, **settings, **sampling).shape[0] == 2
+
+
+def test_caches_that_would_bypass_the_plan_are_refused(tiny_llama: Any, make_plan: Any) -> None:
+    filled = DynamicCache(config=tiny_llama.config)
+    with torch.no_grad():
+        tiny_llama(input_ids=IDS, past_key_values=filled)
+        with apply(tiny_llama, make_plan(HALF)):
+            with pytest.raises(UnsupportedError, match="holding 50 tokens"):
+                tiny_llama(input_ids=IDS[:, :1], past_key_values=filled)
+            with pytest.raises(UnsupportedError, match="StaticCache"):
+                generate(tiny_llama, cache_implementation="static")
 
 
 def test_prompt_too_short_for_the_plan(tiny_llama: Any, make_plan: Any) -> None:
