@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,6 +26,7 @@ from cacheplan.types import (
 )
 
 if TYPE_CHECKING:
+    from cacheplan.profilers.collect import Progress
     from cacheplan.verification import Verification
 
 __all__ = [
@@ -40,7 +41,6 @@ __all__ = [
     "verify",
 ]
 
-Progress = Callable[[int, int, str], None]
 KEEPS = (0.02, 0.03, 0.04, 0.06, 0.08, 0.1, 0.13, 0.16, 0.2, 0.25, 0.3, 0.4, 0.5, 0.65, 0.8, 1.0)
 PROBE_KEEP = 0.1
 PROBE_SCORERS = ("window_attention", "key_difference", "position")

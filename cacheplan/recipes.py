@@ -123,7 +123,6 @@ _PLANNED = Recipe(
 
 RECIPES = {row.name: row for row in (_PLANNED, *_ROWS)}
 CANDIDATES = tuple(dict.fromkeys(c for row in RECIPES.values() for c in row.candidates))
-DEFAULT = _PLANNED.name
 
 
 def while_decoding(recipe: Recipe) -> Recipe:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,12 +11,11 @@ from torch import Tensor
 
 from cacheplan.adapters.attention import attending
 from cacheplan.plans.rows import full_bytes
+from cacheplan.profilers.collect import Progress
 from cacheplan.profilers.divergence import kl_divergence
 from cacheplan.profilers.prompts import Prompt, digest
 from cacheplan.runtime.cache import PlanCache
 from cacheplan.types import Damage, Plan
-
-Progress = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True)

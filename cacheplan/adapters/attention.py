@@ -118,6 +118,7 @@ def _attention(
         raise UnsupportedError(
             "Attention with soft-capped logits or learned sinks cannot run a cache plan yet."
         )
+    delattr(key, _LAYER)  # the layer may hold a view of these keys: no cycle must remain
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     return layer.attend(module, query, scale), None
 

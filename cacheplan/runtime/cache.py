@@ -33,15 +33,8 @@ class PlanCache(AttendingCache):
         if spec is not None:
             check_model(plan, spec)
         self.plan = plan
-        self.prompt_length = 0
-        self._rows_at: tuple[int, list[list[int]]] = (-1, [])  # all layers ask for one length
-        super().__init__([PlanLayer(self, index) for index in range(plan.model.layers)])
-
-    def rows(self, length: int) -> list[list[int]]:
-        """Tokens to keep per layer and kv head once `length` tokens have been seen."""
-        if self._rows_at[0] != length:
-            self._rows_at = length, kept_rows(self.plan, length).tolist()
-        return self._rows_at[1]
+        self._course = Course(plan)
+        super().__init__([PlanLayer(self._course, index) for index in range(plan.model.layers)])
 
     @property
     def lengths(self) -> list[list[int]]:
@@ -60,9 +53,9 @@ class PlanCache(AttendingCache):
         if first.rows is None:
             return 0
         size = first.rows.keys.element_size()
-        generated = first.seen - self.prompt_length
+        length = self._course.prompt_length
         batch: int = first.rows.batch
-        return batch * cache_bytes(self.plan, self.prompt_length, size, generated)
+        return batch * cache_bytes(self.plan, length, size, first.seen - length)
 
     @property
     def path(self) -> str:
@@ -71,17 +64,32 @@ class PlanCache(AttendingCache):
         return ", ".join(f"{name} in {names.count(name)} layers" for name in dict.fromkeys(names))
 
 
+class Course:
+    """What the layers of one cache have in common; they do not hold the cache itself."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.prompt_length = 0
+        self._rows_at: tuple[int, list[list[int]]] = (-1, [])  # all layers ask for one length
+
+    def rows(self, length: int) -> list[list[int]]:
+        """Tokens to keep per layer and kv head once `length` tokens have been seen."""
+        if self._rows_at[0] != length:
+            self._rows_at = length, kept_rows(self.plan, length).tolist()
+        return self._rows_at[1]
+
+
 class PlanLayer(AttendingLayer):
     """One layer of a planned cache."""
 
-    def __init__(self, cache: PlanCache, index: int) -> None:
+    def __init__(self, course: Course, index: int) -> None:
         super().__init__()
-        self.cache, self.index = cache, index
+        self.course, self.index = course, index
         self.rows: RaggedRows | None = None
         self.path = "idle"
         self._new = 0  # tokens of the step under way
         self._since = 0  # tokens since the last eviction
-        self._groups = _heads_by_action(cache.plan, index)
+        self._groups = _heads_by_action(course.plan, index)
 
     def reset(self) -> None:
         self.rows, self.seen, self._since = None, 0, 0
@@ -91,7 +99,7 @@ class PlanLayer(AttendingLayer):
         if self.rows is not None:
             self.rows.append(key, value)
             return
-        expected = self.cache.plan.model
+        expected = self.course.plan.model
         if (key.shape[1], key.shape[3], value.shape[3]) != (
             expected.kv_heads,
             expected.key_width,
@@ -103,7 +111,7 @@ class PlanLayer(AttendingLayer):
                 f"{expected.key_width} and {expected.value_width}: solve a plan for this model."
             )
         self.rows = RaggedRows(key, value)
-        self.cache.prompt_length = self._new
+        self.course.prompt_length = self._new
 
     def attend(self, module: torch.nn.Module, query: Tensor, scale: float) -> Tensor:
         rows = self.rows
@@ -125,7 +133,7 @@ class PlanLayer(AttendingLayer):
         return output.contiguous()
 
     def _after_attention(self, rows: RaggedRows, query: Tensor, scale: float) -> None:
-        every = self.cache.plan.trigger.decode_every
+        every = self.course.plan.trigger.decode_every
         if self.seen == self._new:
             self._evict_after_prompt(rows, query, scale)
         elif every is not None:
@@ -143,7 +151,7 @@ class PlanLayer(AttendingLayer):
 
     def _evict_after_prompt(self, rows: RaggedRows, query: Tensor, scale: float) -> None:
         key, _ = rows.dense()
-        counts = self.cache.rows(self.seen)[self.index]
+        counts = self.course.rows(self.seen)[self.index]
         kept: dict[int, Tensor] = {}
         if self._accumulates:
             rows.state = column_sums(query, key, scale=scale).flatten()
@@ -160,7 +168,7 @@ class PlanLayer(AttendingLayer):
         rows.keep([kept[r] for r in range(len(kept))])
 
     def _evict_while_decoding(self, rows: RaggedRows, query: Tensor, scale: float) -> None:
-        counts = self.cache.rows(self.seen)[self.index]
+        counts = self.course.rows(self.seen)[self.index]
         group = query.shape[1] // rows.heads
         kept: dict[int, Tensor] = {}
         for heads, action in self._groups:
@@ -178,7 +186,7 @@ class PlanLayer(AttendingLayer):
 
     @property
     def _accumulates(self) -> bool:
-        return self.cache.plan.trigger.decode_every is not None and any(
+        return self.course.plan.trigger.decode_every is not None and any(
             isinstance(action.scorer, AccumulatedAttention) for _, action in self._groups
         )
 

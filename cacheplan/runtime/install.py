@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,13 +17,13 @@ from cacheplan.types import Plan
 
 
 @contextmanager
-def apply(model: Any, plan: Plan) -> Iterator[list[PlanCache]]:
+def apply(model: Any, plan: Plan) -> Iterator[deque[PlanCache]]:
     """Make every generation of `model` follow `plan` until the block ends.
 
     A forward call without a cache, or with an empty stock one as `generate` makes, gets a
-    `PlanCache`; other stock caches are refused, as they would bypass the plan.  Caches made are
-    appended to the list that the `with` statement yields (the last one is the newest).  Whoever
-    manages `past_key_values` passes `PlanCache(plan)` instead.  Leaving the block restores
+    `PlanCache`; other stock caches are refused, as they would bypass the plan.  The `with`
+    statement yields a queue that holds the newest cache and no older one.  Whoever manages
+    `past_key_values` passes `PlanCache(plan)` instead.  Leaving the block restores
     attention and hooks exactly.
 
     The first call on an empty cache is taken for the whole prompt: do not hand `generate` a
@@ -36,7 +37,7 @@ def apply(model: Any, plan: Plan) -> Iterator[list[PlanCache]]:
     PlanCache(plan, spec)  # refuse here, not at the first forward call
     _refuse_generation_settings(model)
     decoder = model.get_decoder()
-    made: list[PlanCache] = []
+    made: deque[PlanCache] = deque(maxlen=1)  # a server must not collect its caches
 
     def give_cache(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         past = kwargs.get("past_key_values")

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
+from cacheplan.adapters.language import describe
 from cacheplan.errors import InfeasibleError, ModelMismatchError, UnsupportedError
 from cacheplan.runtime import PlanCache, apply
 from cacheplan.types import AccumulatedAttention, KeyNorm, KVAction, Precision, WindowAttention
@@ -108,6 +111,32 @@ def test_prompts_do_not_leak_into_each_other(tiny_llama: Any, make_plan: Any) ->
         first = tiny_llama(input_ids=IDS, past_key_values=cache).logits
         cache.reset()
         assert torch.equal(tiny_llama(input_ids=IDS, past_key_values=cache).logits, first)
+
+
+@pytest.mark.parametrize("keep", [0.5, 1.0])
+@pytest.mark.parametrize("heads", [1, 2])
+def test_caches_are_freed_without_the_garbage_collector(
+    make_plan: Any, keep: float, heads: int
+) -> None:
+    """A server inside one `with` block holds one cache; one kv head makes keys plain views."""
+    config = LlamaConfig(
+        vocab_size=97, hidden_size=32, intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=heads, eos_token_id=None,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    plan = make_plan(replace(HALF, keep=keep), spec=describe(model, "tiny"))
+    gc.disable()
+    try:
+        with apply(model, plan) as caches:
+            generate(model)
+            cache = weakref.ref(caches[-1])
+            rows = weakref.ref(caches[-1].layers[0].rows)
+            generate(model)
+            assert len(caches) == 1
+            assert cache() is None
+            assert rows() is None
+    finally:
+        gc.enable()
 
 
 def test_long_decoding_takes_slack_in_blocks(tiny_llama: Any, make_plan: Any) -> None:
