@@ -11,15 +11,16 @@ from cacheplan.environment import installed_versions
 from cacheplan.errors import InputError
 from cacheplan.generation import Generation, generate
 from cacheplan.inputs import prompts_for
-from cacheplan.plans.check import check, check_model, check_runnable
+from cacheplan.plans.check import check, check_model, check_runnable, kv_only
 from cacheplan.plans.io import read_plan as load_plan
 from cacheplan.plans.io import write_plan as save_plan
 from cacheplan.types import (
     Certificate,
     Damage,
     Knapsack,
+    KVPlan,
+    KVProfile,
     Plan,
-    Profile,
     Provenance,
     Solution,
     Trigger,
@@ -59,7 +60,7 @@ def profile(
     device: str | None = None,
     dtype: str | None = None,
     progress: Progress | None = None,
-) -> Profile | None:
+) -> KVProfile | None:
     """Measure a model on calibration prompts and write the profile to `out`.
 
     A run that was interrupted goes on where it stopped (`out` with the suffix `.part`).  With
@@ -124,7 +125,7 @@ def profile(
     return finish(state, str(out)) if parts == 1 else None
 
 
-def merge(parts: Sequence[Path], *, out: Path) -> Profile:
+def merge(parts: Sequence[Path], *, out: Path) -> KVProfile:
     """Join the shards of one profile; the result has the bytes of an undivided run."""
     from cacheplan.profilers.store import finish, read_state, write_state
     from cacheplan.profilers.store import merge as merge_states
@@ -137,7 +138,7 @@ def merge(parts: Sequence[Path], *, out: Path) -> Profile:
     return profile
 
 
-def load_profile(path: Path) -> Profile:
+def load_profile(path: Path) -> KVProfile:
     """Read a complete profile."""
     from cacheplan.profilers.store import finish, read_state
 
@@ -145,7 +146,7 @@ def load_profile(path: Path) -> Profile:
 
 
 def solve(
-    profile: Profile,
+    profile: KVProfile,
     *,
     budget: str | float,
     recipe: str = "planned",
@@ -153,7 +154,7 @@ def solve(
     length: int | None = None,
     decode_every: int | None = None,
     command: str = "",
-) -> Plan:
+) -> KVPlan:
     """Choose what every site keeps under the budget.
 
     `length` is the prompt length for which absolute budgets ("512tok", "2GiB") are translated;
@@ -181,7 +182,7 @@ def solve(
     else:
         solution = (Prefix() if row.allocation == "prefix" else Uniform())(problem)
     entries = realize(profile, row, asked, solution)
-    plan = Plan(
+    plan = KVPlan(
         model=profile.model,
         recipe=row.name,
         budget=replace(asked, reached=reached(profile, entries, every)),
@@ -230,6 +231,7 @@ def verify(
     from cacheplan.profilers.prompts import digest
     from cacheplan.verification import measure_damage
 
+    plan = kv_only(plan, "verify")
     loaded = load(model or plan.model.id, device=device, dtype=dtype)
     check_model(plan, loaded.spec)
     texts = prompts_for(loaded, prompts, "heldout", split, limit)

@@ -6,14 +6,14 @@ import math
 import re
 
 from cacheplan.errors import InfeasibleError, InputError
-from cacheplan.types import Budget, ModelSpec
+from cacheplan.types import Budget, LanguageSpec
 
 _BYTES = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 _FORMS = '"0.2" or "20%" of the cache kept, "512tok" per head, "2GiB", "3.2bits" or "5x" smaller'
 FULL_BITS = 16  # absolute budgets count the cache as 16-bit numbers
 
 
-def parse_budget(text: str | float, spec: ModelSpec, length: int) -> Budget:
+def parse_budget(text: str | float, spec: LanguageSpec, length: int) -> Budget:
     """Turn a budget into the kept fraction of a full cache of `length` tokens.
 
     Absolute budgets (bytes of one sequence, tokens per head) also set `max_rows`, so that they

@@ -14,8 +14,8 @@ from cacheplan.types import (
     Entry,
     Knapsack,
     KVAction,
-    Profile,
-    Recipe,
+    KVProfile,
+    KVRecipe,
     Site,
     Solution,
     Split,
@@ -25,7 +25,7 @@ Floats = NDArray[np.float64]
 _STATE_BYTES, _ELEMENT_BYTES = 4, 2  # accumulated score per token; 16-bit keys and values
 
 
-def statistic(profile: Profile, name: str) -> Floats:
+def statistic(profile: KVProfile, name: str) -> Floats:
     """The mean of a statistic; raises ProfileError if it is absent or not usable."""
     if name not in profile.statistics:
         raise ProfileError(
@@ -40,7 +40,7 @@ def statistic(profile: Profile, name: str) -> Floats:
     return mean
 
 
-def sensitivity(profile: Profile) -> Floats:
+def sensitivity(profile: KVProfile) -> Floats:
     """Divergence of the model per unit of a head's damage, `[L, K]`.
 
     The ratio of what ablating the head does to the model's output (KL) and to the head's own
@@ -52,7 +52,7 @@ def sensitivity(profile: Profile) -> Floats:
     return weight
 
 
-def candidate_index(profile: Profile, action: KVAction) -> int:
+def candidate_index(profile: KVProfile, action: KVAction) -> int:
     """Where the profile measured `action`, whatever its `keep`."""
     wanted = replace(action, keep=1.0)
     if wanted not in profile.candidates:
@@ -63,7 +63,7 @@ def candidate_index(profile: Profile, action: KVAction) -> int:
     return profile.candidates.index(wanted)
 
 
-def predict(profile: Profile, entries: tuple[Entry, ...]) -> float:
+def predict(profile: KVProfile, entries: tuple[Entry, ...]) -> float:
     """Predicted KL per token: sensitivity times damage, summed over heads.
 
     Damage between measured keep fractions is interpolated linearly.
@@ -80,7 +80,7 @@ def predict(profile: Profile, entries: tuple[Entry, ...]) -> float:
     return total
 
 
-def formulate(profile: Profile, recipe: Recipe, budget: Budget) -> Knapsack | Split:
+def formulate(profile: KVProfile, recipe: KVRecipe, budget: Budget) -> Knapsack | Split:
     """The problem whose solution says how much each site keeps.
 
     "knapsack": one site per kv head, one option per candidate and keep fraction; rates are
@@ -112,7 +112,7 @@ def formulate(profile: Profile, recipe: Recipe, budget: Budget) -> Knapsack | Sp
 
 
 def realize(
-    profile: Profile, recipe: Recipe, budget: Budget, solution: Solution
+    profile: KVProfile, recipe: KVRecipe, budget: Budget, solution: Solution
 ) -> tuple[Entry, ...]:
     """Turn a solution into what is done at every site."""
     spec = profile.model
@@ -140,7 +140,7 @@ def realize(
     )
 
 
-def reached(profile: Profile, entries: tuple[Entry, ...], decode_every: int | None) -> float:
+def reached(profile: KVProfile, entries: tuple[Entry, ...], decode_every: int | None) -> float:
     """The fraction of the full cache's bytes that the entries keep."""
     spec = profile.model
     total = 0.0
@@ -151,7 +151,7 @@ def reached(profile: Profile, entries: tuple[Entry, ...], decode_every: int | No
     return total / (spec.layers * spec.kv_heads)
 
 
-def _useful(profile: Profile, action: KVAction, decode_every: int | None) -> float:
+def _useful(profile: KVProfile, action: KVAction, decode_every: int | None) -> float:
     """Share of a kept token's bytes that are key and value rather than score state."""
     if decode_every is None or not isinstance(action.scorer, AccumulatedAttention):
         return 1.0

@@ -47,10 +47,12 @@ def generate(
     import torch
 
     from cacheplan.adapters.language import load
+    from cacheplan.plans.check import kv_only
     from cacheplan.plans.rows import full_bytes
     from cacheplan.runtime.install import apply
     from cacheplan.runtime.stream import TextStream
 
+    plan = kv_only(plan, "generate")
     loaded = load(model or plan.model.id, device=device, dtype=dtype)
     if prompt is None:
         first = prompts_for(loaded, None, "heldout", 0.8, 1)[0]

@@ -14,51 +14,51 @@ from cacheplan.types import (
     KeyDifference,
     KeyNorm,
     KVAction,
+    KVRecipe,
     Position,
     Random,
-    Recipe,
     WindowAttention,
 )
 
 WINDOW = 32  # SnapKV's observation window
 
 _ROWS = (
-    Recipe(
+    KVRecipe(
         name="uniform",
         summary="the same share everywhere, tokens by mean attention received",
         paper="baseline: H2O's statistic without its bias to old tokens",
         allocation="uniform",
         candidates=(KVAction(keep=1.0, scorer=AccumulatedAttention(mean=True), sinks=4),),
     ),
-    Recipe(
+    KVRecipe(
         name="random",
         summary="random tokens: the floor",
         paper="baseline",
         allocation="uniform",
         candidates=(KVAction(keep=1.0, scorer=Random()),),
     ),
-    Recipe(
+    KVRecipe(
         name="streaming_llm",
         summary="the first four tokens and a recent window",
         paper="Xiao et al. 2023, arXiv 2309.17453 (original positions instead of compact ones)",
         allocation="uniform",
         candidates=(KVAction(keep=1.0, scorer=Position(), sinks=4),),
     ),
-    Recipe(
+    KVRecipe(
         name="knorm",
         summary="keys of small norm",
         paper="Devoto et al. 2024, arXiv 2406.11430",
         allocation="uniform",
         candidates=(KVAction(keep=1.0, scorer=KeyNorm()),),
     ),
-    Recipe(
+    KVRecipe(
         name="keydiff",
         summary="keys unlike the mean key",
         paper="Park et al. 2025, arXiv 2504.15364",
         allocation="uniform",
         candidates=(KVAction(keep=1.0, scorer=KeyDifference()),),
     ),
-    Recipe(
+    KVRecipe(
         name="h2o",
         summary="half heavy hitters by accumulated attention, half recent, at every step",
         paper="Zhang et al. 2023, arXiv 2306.14048",
@@ -66,14 +66,14 @@ _ROWS = (
         candidates=(KVAction(keep=1.0, scorer=AccumulatedAttention(), recent_share=0.5),),
         decode_every=1,
     ),
-    Recipe(
+    KVRecipe(
         name="snapkv",
         summary="what the last 32 queries attend to, pooled over 5 tokens",
         paper="Li et al. 2024, arXiv 2404.14469",
         allocation="uniform",
         candidates=(KVAction(keep=1.0, scorer=WindowAttention(window=WINDOW), recent=WINDOW),),
     ),
-    Recipe(
+    KVRecipe(
         name="adakv",
         summary="SnapKV scores, the heads of a layer compete for its tokens",
         paper="Feng et al. 2024, arXiv 2407.11550",
@@ -88,7 +88,7 @@ _ROWS = (
             ),
         ),
     ),
-    Recipe(
+    KVRecipe(
         name="prefixkv",
         summary="every layer retains the same share of attention mass",
         paper="Wang et al. 2024, arXiv 2412.03409",
@@ -103,7 +103,7 @@ _SHORT_WINDOW = 8  # a planned head may need less protection; whether it does is
 
 # every scorer here costs one pass over the keys, at most for a window of queries: the sums over
 # all queries (uniform, h2o, prefixkv) cost a second attention and gained the plan nothing
-_PLANNED = Recipe(
+_PLANNED = KVRecipe(
     name="planned",
     summary="per head: how much, and chosen how, by measured damage under one budget",
     paper="cacheplan",
@@ -125,13 +125,13 @@ RECIPES = {row.name: row for row in (_PLANNED, *_ROWS)}
 CANDIDATES = tuple(dict.fromkeys(c for row in RECIPES.values() for c in row.candidates))
 
 
-def while_decoding(recipe: Recipe) -> Recipe:
+def while_decoding(recipe: KVRecipe) -> KVRecipe:
     """The same choice of options without those that cannot rank tokens while decoding."""
     able = tuple(c for c in recipe.candidates if not isinstance(c.scorer, WindowAttention))
     return replace(recipe, candidates=able) if len(recipe.candidates) > 1 else recipe
 
 
-def find_recipe(name: str) -> Recipe:
+def find_recipe(name: str) -> KVRecipe:
     """Look a recipe up; raises InputError naming the closest or all of them."""
     if name in RECIPES:
         return RECIPES[name]

@@ -15,7 +15,7 @@ from cacheplan.profilers.collect import Progress
 from cacheplan.profilers.divergence import kl_divergence
 from cacheplan.profilers.prompts import Prompt, digest
 from cacheplan.runtime.cache import PlanCache
-from cacheplan.types import Damage, Plan
+from cacheplan.types import Damage, KVPlan
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Verification:
 
 @torch.no_grad()
 def measure_damage(
-    model: Any, plan: Plan, prompts: Sequence[Prompt], *, progress: Progress | None = None
+    model: Any, plan: KVPlan, prompts: Sequence[Prompt], *, progress: Progress | None = None
 ) -> Verification:
     """Compare full cache and plan on the continuation of every prompt.
 
@@ -83,7 +83,7 @@ def measure_damage(
 
 
 def _planned_logits(
-    model: Any, plan: Plan, ids: Tensor, context: int
+    model: Any, plan: KVPlan, ids: Tensor, context: int
 ) -> tuple[Tensor, tuple[int, int, int]]:
     """Logits of the continuation under the plan; planned, measured and element bytes after it."""
     cache = PlanCache(plan)

@@ -2,28 +2,15 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
-from typing import NoReturn
-
-from cacheplan.errors import ModelMismatchError, PlanError, UnsupportedError
-from cacheplan.plans.codec import show
-from cacheplan.plans.rules import (
-    COUNT,
-    check_budget,
-    check_damage,
-    check_entry,
-    check_geometry,
-    need,
+from cacheplan.errors import UnsupportedError
+from cacheplan.plans.check_features import (
+    check_features,
+    check_runnable_features,
+    identity_features,
 )
-from cacheplan.types import (
-    FULL_ATTENTION,
-    Entry,
-    KVAction,
-    ModelSpec,
-    Plan,
-    Site,
-    WindowAttention,
-)
+from cacheplan.plans.check_kv import check_kv, check_runnable_kv, identity_kv
+from cacheplan.plans.rules import same_model
+from cacheplan.types import KVPlan, LanguageSpec, ModelSpec, Plan
 
 
 def check(plan: Plan) -> None:
@@ -31,56 +18,18 @@ def check(plan: Plan) -> None:
 
     Types are taken as right: reading a file has checked them.
     """
-    check_geometry(plan.model)
-    check_budget(plan.budget)
-    for index, entry in enumerate(plan.entries):
-        check_entry(entry, plan.model, f"entries[{index}]")
-    for index, (before, after) in enumerate(pairwise(plan.entries), start=1):
-        if _order(before.site) >= _order(after.site):
-            raise PlanError(
-                f"entries[{index}] is {_words(after.site)} after {_words(before.site)}, "
-                "expected each site once, sorted by layer, target, head and step"
-            )
-    if plan.model.family == "language":
-        _check_coverage(plan.entries, plan.model)
-    every = plan.trigger.decode_every
-    need(every is None or every >= 1, "trigger.decode_every", every, COUNT)
-    gap = plan.certificate.gap
-    need(gap is None or gap >= 0, "certificate.gap", gap, "a number of at least 0")
-    for name, damage in (("predicted", plan.predicted), ("measured", plan.measured)):
-        if damage is not None:
-            check_damage(damage, name)
+    if isinstance(plan, KVPlan):
+        check_kv(plan)
+    else:
+        check_features(plan)
 
 
 def check_runnable(plan: Plan) -> None:
     """UnsupportedError, with what is supported instead, if the runtime cannot follow the plan."""
-    if plan.model.family != "language":
-        _refuse("model.family", plan.model.family, '"language"')
-    for index, entry in enumerate(plan.entries):
-        at, action = f"entries[{index}].action", entry.action
-        if not isinstance(action, KVAction):
-            _refuse(f"entries[{index}].site.target", entry.site.target, '"kv"')
-        if action.losers != "evict":
-            _refuse(f"{at}.losers", action.losers, '"evict"')
-        for name, precision in (("key", action.key), ("value", action.value)):
-            if precision.format != "model":
-                _refuse(f"{at}.{name}.format", precision.format, '"model"')
-        if action.rank is not None:
-            _refuse(f"{at}.rank", action.rank, "none (all channels)")
-        if plan.trigger.decode_every is not None and isinstance(action.scorer, WindowAttention):
-            _refuse(
-                f"{at}.scorer.name",
-                action.scorer.name,
-                "any other scorer where trigger.decode_every is set, "
-                "because the window belongs to the prompt",
-            )
-        if plan.trigger.decode_every is not None and action.share != "head":
-            _refuse(f"{at}.share", action.share, '"head" where trigger.decode_every is set')
-        if plan.trigger.decode_every is not None and action.split != "equal":
-            _refuse(f"{at}.split", action.split, '"equal" where trigger.decode_every is set')
-        kind = plan.model.layer_kinds[entry.site.layer]
-        if kind != FULL_ATTENTION and (action.keep < 1 or plan.budget.max_rows is not None):
-            _refuse(f"{at}.keep", action.keep, f"1 without max_rows in a layer of {kind}")
+    if isinstance(plan, KVPlan):
+        check_runnable_kv(plan)
+    else:
+        check_runnable_features(plan)
 
 
 def check_model(plan: Plan, spec: ModelSpec) -> None:
@@ -88,68 +37,21 @@ def check_model(plan: Plan, spec: ModelSpec) -> None:
 
     `id` may differ, since one model has many paths; the digest tells whether it is the same.
     """
-    ours, theirs = _identity(plan.model), _identity(spec)
-    for name, expected in ours.items():
-        if theirs[name] != expected:
-            raise ModelMismatchError(
-                f"the plan was made for {plan.model.id}, whose {name} is {expected}, but that of "
-                f"{spec.id} is {theirs[name]}; load the plan's model or profile {spec.id} and "
-                "solve again"
-            )
+    same_model(plan.model, spec, _identity(plan.model), _identity(spec))
 
 
-def _check_coverage(entries: tuple[Entry, ...], model: ModelSpec) -> None:
-    """Each kv head of each layer once; the entries are sorted, without repetition."""
-    heads: list[list[int | None]] = [[] for _ in model.layer_kinds]
-    for entry in entries:
-        if entry.site.target == "kv":
-            heads[entry.site.layer].append(entry.site.head)
-    for layer, found in enumerate(heads):
-        if found == [None] or (None not in found and len(found) == model.kv_heads):
-            continue
-        if None in found:
-            raise PlanError(
-                f"entries name layer {layer} as a whole and head {found[1]} of it, "
-                "expected either all heads at once or each on its own"
-            )
-        raise PlanError(
-            f"entries name {len(found)} kv heads of layer {layer}, "
-            f"expected all {model.kv_heads} of them"
-        )
-
-
-def _order(site: Site) -> tuple[int, str, int, int]:
-    """Sort key of sites; "all of them" (None) comes before the first."""
-    head = -1 if site.head is None else site.head
-    return site.layer, site.target, head, -1 if site.step is None else site.step
-
-
-def _words(site: Site) -> str:
-    """A site for people, such as "kv of layer 3 head 1"."""
-    head = "" if site.head is None else f" head {site.head}"
-    step = "" if site.step is None else f" step {site.step}"
-    return f"{site.target} of layer {site.layer}{head}{step}"
-
-
-def _refuse(path: str, value: object, supported: str) -> NoReturn:
+def kv_only(plan: Plan, doing: str) -> KVPlan:
+    """The plan, where only those of language models can be followed; else UnsupportedError."""
+    if isinstance(plan, KVPlan):
+        return plan
     raise UnsupportedError(
-        f"{path} is {show(value)}, which cannot be run yet; supported is {supported}"
+        f"The plan is for the diffusion pipeline {plan.model.id}, which {doing} cannot follow yet; "
+        "supported are plans of language models."
     )
 
 
 def _identity(spec: ModelSpec) -> dict[str, object]:
     """What decides whether two models share plans, in the order in which to report it."""
-    return {
-        "architecture": spec.architecture,
-        "family": spec.family,
-        "number of layers": spec.layers,
-        **{f"kind of layer {index}": kind for index, kind in enumerate(spec.layer_kinds)},
-        "number of kv heads": spec.kv_heads,
-        "number of query heads": spec.query_heads,
-        "key width": spec.key_width,
-        "value width": spec.value_width,
-        "rotary embedding": spec.rope,
-        "number of steps": spec.steps,
-        "scheduler": spec.scheduler,
-        "digest of configuration and weights": spec.digest,
-    }
+    if isinstance(spec, LanguageSpec):
+        return {"family": spec.family, **identity_kv(spec)}
+    return {"family": spec.family, **identity_features(spec)}

@@ -17,11 +17,12 @@ from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from cacheplan.errors import PlanError
-from cacheplan.types import SCORERS, FeatureAction, KVAction, WeightAction
+from cacheplan.types import SCORERS, FeaturePlan, KVAction, KVPlan, WeightAction
 
 TAGS: dict[type, tuple[str, str]] = {
+    KVPlan: ("family", KVPlan.family),
+    FeaturePlan: ("family", FeaturePlan.family),
     KVAction: ("kind", "kv"),
-    FeatureAction: ("kind", "feature"),
     WeightAction: ("kind", "weight"),
     **{cls: ("name", name) for name, cls in SCORERS.items()},
 }

@@ -86,12 +86,20 @@ def _layout(content: dict[str, Any]) -> bytes:
 
 
 def _block(value: Any) -> str:
+    """A field of the file: an object has a line for each of its fields."""
     if isinstance(value, dict) and value:
-        lines = ",\n".join(f"    {_line(key)}: {_line(item)}" for key, item in value.items())
+        lines = ",\n".join(
+            f"    {_line(key)}: {_rows(item, '    ')}" for key, item in value.items()
+        )
         return f"{{\n{lines}\n  }}"
-    if isinstance(value, list) and value:
-        lines = ",\n".join(f"    {_line(item)}" for item in value)
-        return f"[\n{lines}\n  ]"
+    return _rows(value, "  ")
+
+
+def _rows(value: Any, indent: str) -> str:
+    """A list of objects has a line for each of them; everything else is one line."""
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        lines = ",\n".join(f"{indent}  {_line(item)}" for item in value)
+        return f"[\n{lines}\n{indent}]"
     return _line(value)
 
 

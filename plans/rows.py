@@ -11,14 +11,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cacheplan.errors import InfeasibleError
-from cacheplan.types import AccumulatedAttention, KVAction, ModelSpec, Plan, Site, Trigger
+from cacheplan.types import AccumulatedAttention, KVAction, KVPlan, LanguageSpec, Site, Trigger
 
 SLACK = 64  # tokens by which storage grows when new ones are appended
 Integers = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
 
-def kept_rows(plan: Plan, length: int) -> Integers:
+def kept_rows(plan: KVPlan, length: int) -> Integers:
     """Tokens each head keeps of a prompt of `length` tokens, `[layers, kv_heads]`.
 
     A head's target is `keep * length`.  The total is the sum of targets rounded down, or
@@ -44,7 +44,7 @@ def kept_rows(plan: Plan, length: int) -> Integers:
     return rows
 
 
-def rows_after(plan: Plan, length: int, generated: int) -> Integers:
+def rows_after(plan: KVPlan, length: int, generated: int) -> Integers:
     """Tokens each head holds when `generated` more have followed the prompt, `[layers, kv_heads]`.
 
     With `trigger.decode_every` a head is cut back each time that many have been appended, to
@@ -54,7 +54,7 @@ def rows_after(plan: Plan, length: int, generated: int) -> Integers:
     return rows + appended
 
 
-def row_bytes(action: KVAction, spec: ModelSpec, element_size: int, trigger: Trigger) -> int:
+def row_bytes(action: KVAction, spec: LanguageSpec, element_size: int, trigger: Trigger) -> int:
     """Bytes of one row: key, value, and the float32 score that decoding goes on adding to.
 
     Where one head of a layer has such scores, the storage of the whole layer holds them.
@@ -63,7 +63,7 @@ def row_bytes(action: KVAction, spec: ModelSpec, element_size: int, trigger: Tri
     return spec.token_width * element_size + 4 * score
 
 
-def cache_bytes(plan: Plan, length: int, element_size: int, generated: int = 0) -> int:
+def cache_bytes(plan: KVPlan, length: int, element_size: int, generated: int = 0) -> int:
     """Bytes of storage allocated for one sequence; numbers take `element_size` bytes.
 
     An eviction leaves exactly the rows it keeps; the tokens appended since then take blocks of
@@ -80,12 +80,12 @@ def cache_bytes(plan: Plan, length: int, element_size: int, generated: int = 0) 
     return int((capacity * size.max(1, keepdims=True)).sum())
 
 
-def full_bytes(spec: ModelSpec, length: int, element_size: int) -> int:
+def full_bytes(spec: LanguageSpec, length: int, element_size: int) -> int:
     """Bytes of the full cache of one sequence of `length` tokens."""
     return spec.layers * spec.kv_heads * length * spec.token_width * element_size
 
 
-def _evicted(plan: Plan, length: int, generated: int) -> tuple[Integers, int]:
+def _evicted(plan: KVPlan, length: int, generated: int) -> tuple[Integers, int]:
     """Rows at the last eviction, and the tokens appended to every head since."""
     rows, every = kept_rows(plan, length), plan.trigger.decode_every
     if every is None:
@@ -100,7 +100,7 @@ def _place(site: Site) -> tuple[int, int | slice]:
     return site.layer, slice(None) if site.head is None else site.head
 
 
-def _units(plan: Plan) -> tuple[list[tuple[int, int | slice]], Floats, Integers]:
+def _units(plan: KVPlan) -> tuple[list[tuple[int, int | slice]], Floats, Integers]:
     """What is apportioned: places, the fraction each keeps, and the rows one token costs there."""
     entries = [(e.site, e.action) for e in plan.entries if isinstance(e.action, KVAction)]
     cost = [plan.model.kv_heads if site.head is None else 1 for site, _ in entries]
@@ -109,7 +109,7 @@ def _units(plan: Plan) -> tuple[list[tuple[int, int | slice]], Floats, Integers]
     return places, np.array(keep, np.float64), np.array(cost, np.int64)
 
 
-def _total(plan: Plan, weight: Floats, length: int) -> int:
+def _total(plan: KVPlan, weight: Floats, length: int) -> int:
     """Rows that may stay of `length` tokens; `weight` is keep times cost."""
     asked = math.floor(math.fsum(weight * length) + 1e-9)
     return asked if plan.budget.max_rows is None else min(asked, plan.budget.max_rows)
@@ -140,7 +140,7 @@ def _round(target: Floats, cost: Integers, total: int) -> Integers:
     return units
 
 
-def _too_little(plan: Plan, weight: Floats, length: int) -> str:
+def _too_little(plan: KVPlan, weight: Floats, length: int) -> str:
     heads, most = plan.model.layers * plan.model.kv_heads, plan.budget.max_rows
     if most is not None and most < heads:
         return (

@@ -1,27 +1,26 @@
-"""What each part of a plan may say on its own; `check` holds the rules across parts."""
+"""Rules and words that plans of all families share."""
 
 from __future__ import annotations
 
-from cacheplan.errors import PlanError
-from cacheplan.plans.codec import show
-from cacheplan.types import (
-    Budget,
-    Damage,
-    Entry,
-    FeatureAction,
-    KVAction,
-    ModelSpec,
-    Precision,
-    Scorer,
-    Site,
-    WeightAction,
-    WindowAttention,
-)
+from typing import NoReturn
 
-TARGETS = {"kv": KVAction, "feature": FeatureAction, "weight": WeightAction}
+from cacheplan.errors import ModelMismatchError, PlanError, UnsupportedError
+from cacheplan.plans.codec import show
+from cacheplan.types import Budget, Certificate, ModelSpec
+
 SHARE = "a number from 0 to 1"
 COUNT = "an integer of at least 1"
 NATURAL = "an integer of at least 0"
+POSITIVE = "a number of at least 0"
+
+# what the runtime for features knows
+RANGES = ("delta", "hidden", "model", "branch")  # features of several blocks
+PARTS = (
+    *("attention", "cross_attention", "mlp", "mlp_context"),
+    *RANGES,
+)
+BASES = ("hold", "taylor", "newton", "hermite", "fitted")
+SIGNALS = ("first_block", "forecast", "secant", "modulation")
 
 
 def need(holds: bool, path: str, value: object, expected: str) -> None:
@@ -34,115 +33,32 @@ def one_of(words: tuple[str, ...], path: str, value: str) -> None:
     need(value in words, path, value, "one of " + ", ".join(words))
 
 
-def check_geometry(model: ModelSpec) -> None:
-    one_of(("language", "diffusion"), "model.family", model.family)
-    need(bool(model.layer_kinds), "model.layer_kinds", model.layer_kinds, "at least one layer")
-    if model.family == "language":
-        for name in ("query_heads", "kv_heads", "key_width", "value_width", "max_length"):
-            value = getattr(model, name)
-            need(value >= 1, f"model.{name}", value, COUNT)
-    if model.steps is not None:
-        need(model.steps >= 1, "model.steps", model.steps, COUNT)
+def refuse(path: str, value: object, supported: str) -> NoReturn:
+    raise UnsupportedError(
+        f"{path} is {show(value)}, which cannot be run yet; supported is {supported}"
+    )
 
 
 def check_budget(budget: Budget) -> None:
     need(0 < budget.kept <= 1, "budget.kept", budget.kept, "a number above 0 and at most 1")
     fits = 0 <= budget.reached <= budget.kept + 1e-9
     need(fits, "budget.reached", budget.reached, f"a number from 0 to the budget {budget.kept}")
-    need(budget.length >= 1, "budget.length", budget.length, COUNT)
-    rows = budget.max_rows
-    need(rows is None or rows >= 1, "budget.max_rows", rows, COUNT)
 
 
-def check_damage(damage: Damage, path: str) -> None:
-    for name in ("kl", "nll", "full_nll"):
-        value = getattr(damage, name)
-        need(value is None or value >= 0, f"{path}.{name}", value, "a number of at least 0")
-    for name in ("agreement", "recall", "full_recall"):
-        value = getattr(damage, name)
-        need(value is None or 0 <= value <= 1, f"{path}.{name}", value, SHARE)
-    need(damage.prompts >= 0, f"{path}.prompts", damage.prompts, NATURAL)
+def check_certificate(certificate: Certificate) -> None:
+    gap = certificate.gap
+    need(gap is None or gap >= 0, "certificate.gap", gap, POSITIVE)
 
 
-def check_entry(entry: Entry, model: ModelSpec, path: str) -> None:
-    """PlanError if the entry contradicts itself or lies outside the model."""
-    _check_site(entry.site, model, f"{path}.site")
-    action, at = entry.action, f"{path}.action"
-    need(
-        isinstance(action, TARGETS[entry.site.target]),
-        f"{path}.site.target",
-        entry.site.target,
-        "the kind of its action",
-    )
-    if isinstance(action, KVAction):
-        _check_kv(action, entry.site, at)
-    elif isinstance(action, FeatureAction):
-        one_of(("compute", "reuse", "forecast", "skip"), f"{at}.do", action.do)
-        need(action.order >= 0, f"{at}.order", action.order, NATURAL)
-    else:
-        _check_precision(action.weight, f"{at}.weight")
-        _check_precision(action.activation, f"{at}.activation")
-
-
-def _check_site(site: Site, model: ModelSpec, path: str) -> None:
-    one_of(tuple(TARGETS), f"{path}.target", site.target)
-    for name, value, end in (
-        ("layer", site.layer, model.layers),
-        ("head", site.head, model.kv_heads),
-        ("step", site.step, model.steps),
-    ):
-        if value is not None:
-            inside = value >= 0 and (end is None or value < end)
-            last = "" if end is None else f" below {end}"
-            need(inside, f"{path}.{name}", value, f"an integer from 0{last}")
-    need(
-        site.step is None or site.target == "feature",
-        f"{path}.step",
-        site.step,
-        "none, because only features change with the step",
-    )
-
-
-def _check_kv(action: KVAction, site: Site, path: str) -> None:
-    need(0 < action.keep <= 1, f"{path}.keep", action.keep, "a number above 0 and at most 1")
-    need(action.sinks >= 0, f"{path}.sinks", action.sinks, NATURAL)
-    need(action.recent >= 0, f"{path}.recent", action.recent, NATURAL)
-    need(0 <= action.recent_share <= 1, f"{path}.recent_share", action.recent_share, SHARE)
-    need(0 <= action.floor <= 1, f"{path}.floor", action.floor, SHARE)
-    one_of(("head", "layer"), f"{path}.share", action.share)
-    one_of(("equal", "adaptive"), f"{path}.split", action.split)
-    one_of(("evict", "merge", "demote", "offload"), f"{path}.losers", action.losers)
-    if site.head is not None:
-        need(
-            action.share == "head", f"{path}.share", action.share, '"head" in an entry for one head'
-        )
-        need(
-            action.split == "equal",
-            f"{path}.split",
-            action.split,
-            '"equal" in an entry for one head',
-        )
-    if action.split == "adaptive":
-        need(
-            action.share == "head", f"{path}.share", action.share, '"head" where split is adaptive'
-        )
-    _check_scorer(action.scorer, f"{path}.scorer")
-    _check_precision(action.key, f"{path}.key")
-    _check_precision(action.value, f"{path}.value")
-    need(action.rank is None or action.rank >= 1, f"{path}.rank", action.rank, COUNT)
-
-
-def _check_scorer(scorer: Scorer, path: str) -> None:
-    if isinstance(scorer, WindowAttention):
-        need(scorer.window >= 1, f"{path}.window", scorer.window, COUNT)
-        odd = scorer.pool >= 1 and scorer.pool % 2 == 1
-        need(odd, f"{path}.pool", scorer.pool, "an odd integer of at least 1")
-        one_of(("average", "max"), f"{path}.pooling", scorer.pooling)
-
-
-def _check_precision(precision: Precision, path: str) -> None:
-    one_of(("model", "int", "float"), f"{path}.format", precision.format)
-    one_of(("tensor", "token", "channel"), f"{path}.axis", precision.axis)
-    need(1 <= precision.bits <= 32, f"{path}.bits", precision.bits, "an integer from 1 to 32")
-    need(precision.group is None or precision.group >= 1, f"{path}.group", precision.group, COUNT)
-    need(precision.residual >= 0, f"{path}.residual", precision.residual, NATURAL)
+def same_model(
+    plan: ModelSpec, found: ModelSpec, ours: dict[str, object], theirs: dict[str, object]
+) -> None:
+    """ModelMismatchError naming the first thing of `ours` that differs in `theirs`."""
+    for name in dict.fromkeys((*ours, *theirs)):
+        expected, value = ours.get(name, "absent"), theirs.get(name, "absent")
+        if value != expected:
+            raise ModelMismatchError(
+                f"the plan was made for {plan.id}, whose {name} is {expected}, but that of "
+                f"{found.id} is {value}; load the plan's model or profile {found.id} and "
+                "solve again"
+            )

@@ -23,7 +23,7 @@ from cacheplan.atomic import atomic_write
 from cacheplan.errors import InputError, PlanError, ProfileError
 from cacheplan.plans.codec import decode, encode
 from cacheplan.profilers.exact_sum import ExactSum
-from cacheplan.types import KVAction, ModelSpec, Profile, Statistic
+from cacheplan.types import KVAction, KVProfile, LanguageSpec, Statistic
 
 VERSION = 1
 AXES = {
@@ -43,7 +43,7 @@ class Settings:
     `probes` are the (candidate, keep) indices of the ablations, on the first `ablate` prompts.
     """
 
-    model: ModelSpec
+    model: LanguageSpec
     candidates: tuple[KVAction, ...]
     keeps: tuple[float, ...]
     probes: tuple[tuple[int, int], ...]
@@ -169,7 +169,7 @@ def merge(states: Sequence[ProfileState], names: Sequence[str]) -> ProfileState:
     return merged
 
 
-def finish(state: ProfileState, where: str) -> Profile:
+def finish(state: ProfileState, where: str) -> KVProfile:
     """The profile that solvers read; raises ProfileError while prompts are missing."""
     settings = state.settings
     if not state.complete:
@@ -182,7 +182,7 @@ def finish(state: ProfileState, where: str) -> Profile:
         name: Statistic(AXES[name], total.count, total.mean(), total.std())
         for name, total in sorted(state.sums.items())
     }
-    return Profile(
+    return KVProfile(
         model=settings.model,
         statistics=statistics,
         keeps=settings.keeps,

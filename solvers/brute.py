@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from itertools import combinations
+from dataclasses import dataclass, replace
+from itertools import combinations, product
 from typing import Literal
 
 import numpy as np
@@ -12,7 +12,16 @@ import numpy as np
 from cacheplan.errors import InputError
 from cacheplan.solvers.certify import certify
 from cacheplan.solvers.feasible import checked_curves, checked_knapsack
-from cacheplan.types.problem import Coverage, Integers, Knapsack, Problem, Solution, Split
+from cacheplan.solvers.schedule import checked_schedule, distortions, refuse_impossible
+from cacheplan.types.problem import (
+    Coverage,
+    Integers,
+    Knapsack,
+    Problem,
+    Schedule,
+    Solution,
+    Split,
+)
 
 _STATUS = "Optimal: proven by trying every choice."
 
@@ -33,6 +42,8 @@ class Brute:
             return self._knapsack(problem)
         if isinstance(problem, Split):
             return self._split(problem)
+        if isinstance(problem, Schedule):
+            return self._schedule(problem)
         return self._coverage(problem)
 
     def _knapsack(self, problem: Knapsack) -> Solution:
@@ -68,6 +79,19 @@ class Brute:
         value = problem.value(frozenset(best))
         chosen: Integers = np.array(best, dtype=np.int64)
         return Solution(chosen, float(size), value, value, 0.0, _STATUS)
+
+    def _schedule(self, problem: Schedule) -> Solution:
+        problem = checked_schedule(problem)
+        S, T = problem.forced.shape
+        self._refuse_large(2 ** (S * (T - 1)))
+        masks = np.array(list(product([True], *([False, True],) * (T - 1))), dtype=np.bool_)
+        distortion = np.stack(
+            [distortions(problem, masks, np.full(len(masks), site)) for site in range(S)]
+        )
+        refuse_impossible(np.isfinite(distortion))
+        rate = problem.base[:, None] + problem.rate[:, None] * masks.sum(1)
+        best = self._knapsack(Knapsack(rate, distortion, problem.budget))
+        return replace(best, choice=masks[best.choice].astype(np.int64))
 
     def _refuse_large(self, choices: int) -> None:
         if choices > self.limit:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -16,17 +18,44 @@ from cacheplan.types import (
     Certificate,
     Entry,
     KVAction,
-    ModelSpec,
-    Plan,
+    KVPlan,
+    LanguageSpec,
     Provenance,
     Site,
     Trigger,
 )
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    # numpy's complaint about torch, whenever diffusers' DPM-Solver sets its timesteps
+    config.addinivalue_line("filterwarnings", "ignore:__array__ implementation:DeprecationWarning")
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def tiny_pipelines() -> Any:
+    """The module `tests/adapters/tiny_pipelines.py`; tests cannot import each other's files."""
+    place = Path(__file__).parent / "adapters" / "tiny_pipelines.py"
+    spec = spec_from_file_location("tiny_pipelines", place)
+    assert spec is not None
+    assert spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+TinyPipeline = Callable[[str], tuple[Any, dict[str, Any]]]
+
+
+@pytest.fixture(scope="session")
+def tiny_pipeline(tiny_pipelines: Any) -> TinyPipeline:
+    """Build a random diffusion pipeline by name: `pipe, call = tiny_pipeline("pixart")`."""
+    build: TinyPipeline = tiny_pipelines.build
+    return build
 
 
 @pytest.fixture(scope="session")
@@ -52,17 +81,17 @@ def tiny_llama() -> Any:
 
 
 @pytest.fixture(scope="session")
-def tiny_spec(tiny_llama: Any) -> ModelSpec:
+def tiny_spec(tiny_llama: Any) -> LanguageSpec:
     from cacheplan.adapters.language import describe
 
     return describe(tiny_llama, "tiny")
 
 
-MakePlan = Callable[..., Plan]
+MakePlan = Callable[..., KVPlan]
 
 
 @pytest.fixture(scope="session")
-def make_plan(tiny_spec: ModelSpec) -> MakePlan:
+def make_plan(tiny_spec: LanguageSpec) -> MakePlan:
     """Build a plan for the tiny model from one action per layer, or per (layer, head)."""
 
     def build(
@@ -70,8 +99,8 @@ def make_plan(tiny_spec: ModelSpec) -> MakePlan:
         *,
         decode_every: int | None = None,
         max_rows: int | None = None,
-        spec: ModelSpec = tiny_spec,
-    ) -> Plan:
+        spec: LanguageSpec = tiny_spec,
+    ) -> KVPlan:
         if isinstance(actions, KVAction):
             actions = dict.fromkeys(range(spec.layers), actions)
         entries = tuple(
@@ -84,7 +113,7 @@ def make_plan(tiny_spec: ModelSpec) -> MakePlan:
         weights = [spec.kv_heads if e.site.head is None else 1 for e in entries]
         keeps = [e.action.keep for e in entries if isinstance(e.action, KVAction)]
         kept = sum(w * k for w, k in zip(weights, keeps, strict=True)) / sum(weights)
-        return Plan(
+        return KVPlan(
             model=spec,
             recipe="test",
             budget=Budget(asked=str(kept), kept=kept, reached=kept, length=100, max_rows=max_rows),

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from cacheplan.errors import ProfileError
 from cacheplan.plans.codec import encode
-from cacheplan.types import Damage, KVAction, ModelSpec, Plan, Profile, Recipe, Scorer
+from cacheplan.types import Damage, KVAction, KVPlan, KVProfile, KVRecipe, LanguageSpec, Scorer
 
 ABSENT = "-"
 
@@ -32,7 +32,7 @@ def size(count: int) -> str:
     return f"{count} B" if unit == "B" else f"{value:.1f} {unit}"
 
 
-def model_words(spec: ModelSpec) -> str:
+def model_words(spec: LanguageSpec) -> str:
     return f"{spec.id} ({spec.architecture}, {spec.layers} layers of {spec.kv_heads} kv heads)"
 
 
@@ -59,7 +59,7 @@ def action_words(action: KVAction) -> str:
     return ", ".join(words)
 
 
-def cells(recipe: Recipe) -> str:
+def cells(recipe: KVRecipe) -> str:
     """What a recipe is made of, in one line."""
     if len(recipe.candidates) == 1:
         words = [recipe.allocation, action_words(recipe.candidates[0])]
@@ -71,14 +71,14 @@ def cells(recipe: Recipe) -> str:
     return "; ".join(words)
 
 
-def statistic(profile: Profile, name: str) -> NDArray[np.float64]:
+def statistic(profile: KVProfile, name: str) -> NDArray[np.float64]:
     """The mean over prompts."""
     if name not in profile.statistics:
         raise ProfileError(f'The profile has no statistic "{name}": run `cacheplan profile` again.')
     return profile.statistics[name].mean
 
 
-def profile_words(profile: Profile) -> str:
+def profile_words(profile: KVProfile) -> str:
     context = statistic(profile, "context_length")
     continuation = statistic(profile, "continuation_length")
     return (
@@ -87,9 +87,10 @@ def profile_words(profile: Profile) -> str:
     )
 
 
-def profile_facts(profile: Profile) -> dict[str, Any]:
+def profile_facts(profile: KVProfile) -> dict[str, Any]:
     return {
-        "model": encode(ModelSpec, profile.model),
+        "family": profile.model.family,
+        "model": encode(LanguageSpec, profile.model),
         "digest": profile.digest,
         "prompts": profile.prompts,
         "prompts_digest": profile.prompts_digest,
@@ -99,7 +100,7 @@ def profile_facts(profile: Profile) -> dict[str, Any]:
     }
 
 
-def plan_words(plan: Plan) -> list[str]:
+def plan_words(plan: KVPlan) -> list[str]:
     """Budget, damage and certificate, a line each."""
     budget, certificate = plan.budget, plan.certificate
     lines = [
@@ -127,9 +128,9 @@ def damage_words(damage: Damage | None) -> str:
     return ", ".join(words)
 
 
-def plan_facts(plan: Plan) -> dict[str, Any]:
+def plan_facts(plan: KVPlan) -> dict[str, Any]:
     """The plan without its entries, as in the file."""
-    facts: dict[str, Any] = encode(Plan, plan)
+    facts: dict[str, Any] = encode(KVPlan, plan)
     del facts["entries"]
     return facts
 

@@ -13,7 +13,7 @@ from rich.style import Style
 from rich.text import Text
 
 from cacheplan.cli.facts import scorer_words, statistic
-from cacheplan.types import KVAction, Plan, Profile, Scorer
+from cacheplan.types import KVAction, KVPlan, KVProfile, Scorer
 
 CELL = 5  # columns: three digits, a letter, a space
 MARGIN = "layer "
@@ -72,7 +72,7 @@ def _colour(share: float) -> tuple[int, int, int]:
     return red, green, blue
 
 
-def plan_heatmap(plan: Plan) -> tuple[Heatmap, list[Scorer]]:
+def plan_heatmap(plan: KVPlan) -> tuple[Heatmap, list[Scorer]]:
     """Kept fraction and scorer's letter of every head, and the scorers in use."""
     layers, heads = plan.model.layers, plan.model.kv_heads
     shares = np.full((layers, heads), np.nan)
@@ -96,7 +96,7 @@ def legend(scorers: Iterable[Scorer]) -> list[str]:
     return [f"  {key}  {' or '.join(dict.fromkeys(variants[key]))}" for key in sorted(variants)]
 
 
-def sensitivity_heatmap(profile: Profile) -> tuple[Heatmap, float, float]:
+def sensitivity_heatmap(profile: KVProfile) -> tuple[Heatmap, float, float]:
     """KL of the model when each head alone is cut back, as a share of the largest.
 
     The letters are those of the scorers with least damage.  Also returns the largest KL and the

@@ -12,7 +12,7 @@ from cacheplan.cli.facts import profile_facts, profile_words
 from cacheplan.cli.options import PROFILE, Device, Dtype, Json, Limit, Prompts, Split
 from cacheplan.cli.output import emit, suggest
 from cacheplan.cli.progress import progress
-from cacheplan.types import Profile
+from cacheplan.types import KVProfile
 
 
 def _shard(text: str) -> tuple[int, int]:
@@ -82,7 +82,7 @@ def profile(
     suggest("cacheplan merge PART..., once all shards are there")
 
 
-def tell(found: Profile, out: Path, *, as_json: bool) -> None:
+def tell(found: KVProfile, out: Path, *, as_json: bool) -> None:
     """Report a profile that was written to `out`."""
     if as_json:
         emit({"file": str(out), **profile_facts(found)})

@@ -20,8 +20,9 @@ from cacheplan.cli.heatmap import legend, plan_heatmap, sensitivity_heatmap
 from cacheplan.cli.options import PLAN, PROFILE, Json
 from cacheplan.cli.output import draw, emit, suggest
 from cacheplan.cli.tables import damage_table
+from cacheplan.plans.check import kv_only
 from cacheplan.plans.codec import encode
-from cacheplan.types import Plan, Profile
+from cacheplan.types import KVPlan, KVProfile, Plan
 
 
 def show(
@@ -52,7 +53,7 @@ def show(
         if as_json:
             emit({"file": str(path), **encode(Plan, plan)})
         else:
-            _show_plan(path, plan)
+            _show_plan(path, kv_only(plan, "show"))
         suggest(
             f"cacheplan verify {path} --write"
             if plan.measured is None
@@ -70,7 +71,7 @@ def _holds_profile(path: Path) -> bool:
     return path.suffix == PROFILE.suffix or (start[8:] == b"{" and start[:1] != b"{")
 
 
-def _show_plan(path: Path, plan: Plan) -> None:
+def _show_plan(path: Path, plan: KVPlan) -> None:
     print("\n".join([f"{path}: {plan.recipe} for {model_words(plan.model)}", *plan_words(plan)]))
     heatmap, scorers = plan_heatmap(plan)
     print("\nkept tokens of each head in percent, and who chooses them:")
@@ -78,7 +79,7 @@ def _show_plan(path: Path, plan: Plan) -> None:
     print("\n".join(legend(scorers)))
 
 
-def _show_profile(path: Path, profile: Profile) -> None:
+def _show_profile(path: Path, profile: KVProfile) -> None:
     print(f"{path}: {profile_words(profile)}\n")
     draw(damage_table(profile, map(action_words, profile.candidates)))
     heatmap, most, keep = sensitivity_heatmap(profile)

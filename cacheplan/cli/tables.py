@@ -9,7 +9,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from cacheplan.cli.facts import ABSENT, cells, number, percent, size, statistic
-from cacheplan.types import Plan, Profile, Recipe
+from cacheplan.types import KVPlan, KVProfile, KVRecipe
 
 if TYPE_CHECKING:
     from cacheplan.verification import Verification
@@ -25,7 +25,7 @@ def _table(first: str, *others: str) -> Table:
     return table
 
 
-def recipes_table(recipes: Mapping[str, Recipe]) -> Table:
+def recipes_table(recipes: Mapping[str, KVRecipe]) -> Table:
     table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
     table.add_column("recipe", no_wrap=True)
     table.add_column("cells", ratio=3)
@@ -35,7 +35,7 @@ def recipes_table(recipes: Mapping[str, Recipe]) -> Table:
     return table
 
 
-def verification_table(plan: Plan, found: Verification) -> Table:
+def verification_table(plan: KVPlan, found: Verification) -> Table:
     """Predicted beside measured beside the full cache."""
     table = _table("", "predicted", "measured", "full cache")
     damage, predicted = found.damage, plan.predicted
@@ -62,7 +62,7 @@ def comparison_table(found: Mapping[str, Verification]) -> Table:
     return table
 
 
-def damage_table(profile: Profile, names: Iterable[str]) -> Table:
+def damage_table(profile: KVProfile, names: Iterable[str]) -> Table:
     """Mean damage over all heads for each candidate (`names`) at a few keep fractions."""
     columns = sorted({_closest(profile.keeps, keep) for keep in SHOWN_KEEPS})
     table = _table("damage when keeping", *(f"{100 * profile.keeps[g]:g} %" for g in columns))

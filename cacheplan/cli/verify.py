@@ -14,6 +14,7 @@ from cacheplan.cli.options import PLAN, Device, Dtype, Json, Limit, Model, Promp
 from cacheplan.cli.output import draw, emit, say, suggest
 from cacheplan.cli.progress import progress
 from cacheplan.cli.tables import verification_table
+from cacheplan.plans.check import kv_only
 
 
 def verify(
@@ -40,7 +41,7 @@ def verify(
       cacheplan verify
       cacheplan verify plan.json --prompts heldout.txt --write
     """
-    plan = api.load_plan(path)
+    plan = kv_only(api.load_plan(path), "verify")
     with progress(str(path)) as report:
         found = api.verify(
             plan,

@@ -16,7 +16,7 @@ from cacheplan.plans.rows import cache_bytes, kept_rows
 from cacheplan.runtime.rows import RaggedRows
 from cacheplan.scorers.scores import score
 from cacheplan.scorers.selection import kept_tokens
-from cacheplan.types import AccumulatedAttention, KVAction, ModelSpec, Plan
+from cacheplan.types import AccumulatedAttention, KVAction, KVPlan, LanguageSpec
 
 
 class PlanCache(AttendingCache):
@@ -27,7 +27,7 @@ class PlanCache(AttendingCache):
     first generated token is that of the full cache.
     """
 
-    def __init__(self, plan: Plan, spec: ModelSpec | None = None) -> None:
+    def __init__(self, plan: KVPlan, spec: LanguageSpec | None = None) -> None:
         """Check the plan (and, given `spec`, that it belongs to that model)."""
         check_runnable(plan)
         if spec is not None:
@@ -67,7 +67,7 @@ class PlanCache(AttendingCache):
 class Course:
     """What the layers of one cache have in common; they do not hold the cache itself."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: KVPlan) -> None:
         self.plan = plan
         self.prompt_length = 0
         self._rows_at: tuple[int, list[list[int]]] = (-1, [])  # all layers ask for one length
@@ -200,7 +200,7 @@ class PlanLayer(AttendingLayer):
             state[rows.row(r)] += column_sums(own, key, scale=scale)[0, 0]
 
 
-def _heads_by_action(plan: Plan, layer: int) -> list[tuple[list[int], KVAction]]:
+def _heads_by_action(plan: KVPlan, layer: int) -> list[tuple[list[int], KVAction]]:
     """The kv heads of one layer, grouped by what is done, so that each scorer runs once."""
     groups: dict[KVAction, list[int]] = {}
     for entry in plan.entries:

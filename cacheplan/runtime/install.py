@@ -12,6 +12,7 @@ from transformers import DynamicCache
 from cacheplan.adapters.attention import AttendingCache, attending, check_attention
 from cacheplan.adapters.language import describe
 from cacheplan.errors import UnsupportedError
+from cacheplan.plans.check import kv_only
 from cacheplan.runtime.cache import PlanCache
 from cacheplan.types import Plan
 
@@ -32,9 +33,10 @@ def apply(model: Any, plan: Plan) -> Iterator[deque[PlanCache]]:
     Raises ModelMismatchError if the plan was made for another model, UnsupportedError if the
     model or the plan is outside what the runtime does.
     """
+    kv = kv_only(plan, "apply")
     check_attention(model)
     spec = describe(model)
-    PlanCache(plan, spec)  # refuse here, not at the first forward call
+    PlanCache(kv, spec)  # refuse here, not at the first forward call
     _refuse_generation_settings(model)
     decoder = model.get_decoder()
     made: deque[PlanCache] = deque(maxlen=1)  # a server must not collect its caches
@@ -48,7 +50,7 @@ def apply(model: Any, plan: Plan) -> Iterator[deque[PlanCache]]:
                 f"A {type(past).__name__} holding {past.get_seq_length()} tokens was passed while "
                 "a plan is applied, which would bypass it: pass PlanCache(plan) or no cache."
             )
-        made.append(PlanCache(plan))
+        made.append(PlanCache(kv))
         return args, {**kwargs, "past_key_values": made[-1]}
 
     with attending(model):

@@ -1,23 +1,39 @@
 """Frozen values shared by every part; importing them loads numpy and nothing heavier."""
 
-from cacheplan.types.model import FULL_ATTENTION, ModelSpec, Site
+from cacheplan.types.features import (
+    FeatureAction,
+    FeatureDamage,
+    FeatureEntry,
+    FeaturePlan,
+    Gate,
+    Plan,
+)
+from cacheplan.types.model import (
+    FULL_ATTENTION,
+    Block,
+    DiffusionSpec,
+    FeatureSite,
+    LanguageSpec,
+    ModelSpec,
+    Part,
+    Site,
+)
 from cacheplan.types.plan import (
     Action,
     Budget,
     Certificate,
     Damage,
     Entry,
-    FeatureAction,
     KVAction,
-    Plan,
+    KVPlan,
     Precision,
     Provenance,
     Trigger,
     WeightAction,
 )
-from cacheplan.types.problem import Coverage, Knapsack, Problem, Solution, Split
-from cacheplan.types.profile import Profile, Statistic
-from cacheplan.types.recipe import Recipe
+from cacheplan.types.problem import Coverage, Knapsack, Problem, Schedule, Solution, Split
+from cacheplan.types.profile import FeatureProfile, KVProfile, Profile, Statistic
+from cacheplan.types.recipe import KVRecipe
 from cacheplan.types.scorers import (
     SCORERS,
     AccumulatedAttention,
@@ -34,17 +50,30 @@ __all__ = [
     "SCORERS",
     "AccumulatedAttention",
     "Action",
+    "Block",
     "Budget",
     "Certificate",
     "Coverage",
     "Damage",
+    "DiffusionSpec",
     "Entry",
     "FeatureAction",
+    "FeatureDamage",
+    "FeatureEntry",
+    "FeaturePlan",
+    "FeatureProfile",
+    "FeatureSite",
+    "Gate",
     "KVAction",
+    "KVPlan",
+    "KVProfile",
+    "KVRecipe",
     "KeyDifference",
     "KeyNorm",
     "Knapsack",
+    "LanguageSpec",
     "ModelSpec",
+    "Part",
     "Plan",
     "Position",
     "Precision",
@@ -52,7 +81,7 @@ __all__ = [
     "Profile",
     "Provenance",
     "Random",
-    "Recipe",
+    "Schedule",
     "Scorer",
     "Site",
     "Solution",

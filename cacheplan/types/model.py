@@ -1,25 +1,25 @@
-"""What was profiled: enough of a model's shape to know whether a plan belongs to it."""
+"""What was profiled: enough of a model to know whether a plan belongs to it, and its sites."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 FULL_ATTENTION = "full_attention"
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelSpec:
-    """Identity and cache geometry of one model.
+class LanguageSpec:
+    """Identity and cache geometry of a language model.
 
     `digest` covers the configuration and a sample of every weight, so a fine-tuned model does
     not pass for its base.  Widths are taken from the key and value tensors' own last dimension:
-    multi-head latent attention stores unequal ones.  `steps` and `scheduler` are None outside
-    diffusion.
+    multi-head latent attention stores unequal ones.
     """
 
+    family: ClassVar[str] = "language"
     id: str
     architecture: str
-    family: str  # "language" or "diffusion"
     layer_kinds: tuple[str, ...]  # one per layer, in transformers' words: "full_attention", ...
     query_heads: int
     kv_heads: int
@@ -28,8 +28,6 @@ class ModelSpec:
     max_length: int
     rope: str  # canonical JSON of the rotary-embedding parameters
     digest: str
-    steps: int | None = None
-    scheduler: str | None = None
 
     @property
     def layers(self) -> int:
@@ -42,10 +40,84 @@ class ModelSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Part:
+    """One module of a block whose output can be cached, before its adaptive gate.
+
+    `name` is unique within the block: "attention", "cross_attention", "mlp", or "mlp_context"
+    for a second stream.  `cost` and `size` are counted as in `Block`.
+    """
+
+    name: str
+    path: str  # relative to the block
+    cost: int
+    size: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Block:
+    """One block of a denoiser.
+
+    `cost` is the FLOPs of all its calls within one step, for one prompt.  `size` is how many
+    numbers one cached delta of it holds: all streams and all branches, for one prompt.
+    """
+
+    path: str  # "transformer_blocks.0", or "transformer_2.blocks.3" in a second denoiser
+    cost: int
+    size: int
+    parts: tuple[Part, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiffusionSpec:
+    """Identity, schedule and cost of a diffusion pipeline as it is called.
+
+    A schedule holds for one number of steps, one scheduler and one set of call settings, so
+    they are part of what a plan belongs to.  `digest` covers the configuration of every
+    denoiser and a sample of its weights.
+    """
+
+    family: ClassVar[str] = "diffusion"
+    id: str  # path or hub id of the pipeline
+    pipeline: str  # class name, "PixArtAlphaPipeline"
+    architecture: str  # class name of the denoiser, "PixArtTransformer2DModel"
+    blocks: tuple[Block, ...]  # in order of execution
+    branches: tuple[str, ...]  # the denoiser's calls within a step: ("all",), ("cond", "uncond")
+    steps: int  # number of scheduler.step calls
+    sigmas: tuple[float, ...]  # steps + 1 noise levels, or timesteps where there are none
+    scheduler: str  # canonical JSON of class and configuration
+    call: str  # canonical JSON of the call's settings, without prompt and seed
+    expert_starts: tuple[int, ...] = ()  # steps at which another denoiser takes over
+    cost: int  # FLOPs of one whole step, all branches, one prompt
+    latent: tuple[int, ...]  # shape of one prompt's latent
+    digest: str
+
+
+ModelSpec = LanguageSpec | DiffusionSpec
+
+
+@dataclass(frozen=True, kw_only=True)
 class Site:
-    """One place where a decision is made; `head` or `step` None means all of them alike."""
+    """One place of a language model; `head` None means all of the layer's kv heads alike."""
 
     layer: int
-    target: str = "kv"  # "kv", "feature" or "weight"
+    target: str = "kv"  # or "weight"
     head: int | None = None
-    step: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureSite:
+    """A feature that can be kept from one step to the next, over blocks `first` to `last` - 1.
+
+    `part` names what is kept:
+    a part's own name: its output in block `first`, before the gate (`last` = `first` + 1);
+    "delta": output minus input of the blocks, in every stream;
+    "hidden": output of the last block, to which the fresh final norm and projection are applied
+    (all blocks);
+    "model": the denoiser's output minus its latent input, so that a step costs nothing (all
+    blocks);
+    "branch": the tensor entering the last up block of a UNet.
+    """
+
+    part: str
+    first: int
+    last: int

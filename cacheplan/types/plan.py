@@ -1,10 +1,11 @@
-"""The plan: what is done at every site, why, under which budget, and how sure we are."""
+"""Plans for KV caches, and what plans of all families share: budget, certificate, origin."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
-from cacheplan.types.model import ModelSpec, Site
+from cacheplan.types.model import LanguageSpec, Site
 from cacheplan.types.scorers import Position, Scorer
 
 
@@ -53,17 +54,6 @@ class KVAction:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FeatureAction:
-    """What a diffusion site does at one step; part of the format, not yet run."""
-
-    do: str  # "compute", "reuse", "forecast" or "skip"
-    order: int = 0
-    basis: str = "hold"
-    correction: str | None = None
-    gate: str | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
 class WeightAction:
     """Number format of a weight or activation; part of the format, not yet run."""
 
@@ -71,7 +61,7 @@ class WeightAction:
     activation: Precision = field(default_factory=Precision)
 
 
-Action = KVAction | FeatureAction | WeightAction
+Action = KVAction | WeightAction
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,17 +82,19 @@ class Trigger:
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """What was asked, as `kept`: the fraction of the full cache's bytes that may remain.
+    """What was asked, as `kept`: the fraction of the full amount that may remain.
 
-    `asked` is the user's own text ("0.2", "2GiB", "512tok", "3.2bits").  Absolute budgets hold
-    at `length` tokens and below; `max_rows` is then the number of (layer, head, token) rows that
-    is never exceeded, however long the prompt.  `reached` is the fraction the plan uses.
+    The amount is the bytes of a language model's cache, or the FLOPs of a denoiser over all its
+    steps.  `asked` is the user's own text ("0.2", "2GiB", "512tok", "3.2bits").  `reached` is
+    the fraction the plan uses.  In language models absolute budgets hold at `length` tokens and
+    below; `max_rows` is then the number of (layer, head, token) rows that is never exceeded,
+    however long the prompt.
     """
 
     asked: str
     kept: float
     reached: float
-    length: int
+    length: int | None = None
     max_rows: int | None = None
 
 
@@ -149,10 +141,11 @@ class Provenance:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
-    """A complete cache plan; see `plans/SPEC.md` for the file."""
+class KVPlan:
+    """A complete plan for the cache of a language model; see `plans/SPEC.md` for the file."""
 
-    model: ModelSpec
+    family: ClassVar[str] = LanguageSpec.family
+    model: LanguageSpec
     recipe: str
     budget: Budget
     entries: tuple[Entry, ...]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,15 +52,41 @@ class Coverage:
     value: Callable[[frozenset[int]], float]
 
 
-Problem = Knapsack | Split | Coverage
+@dataclass(frozen=True, eq=False)
+class Schedule:
+    """When to compute each site: minimise total distortion with total rate <= `budget`.
+
+    Of `T` steps the computed ones are the site's keys; the steps between are served from them.
+    `hold[s, j, k]` is the distortion of serving steps `j + 1 .. k - 1` when `j` is the only key
+    so far and `k` is the next (`k = T`: the end); `forecast[s, i, j, k]` the same when `i` and `j`
+    are the two newest keys.  Without `forecast`, `hold` counts throughout.  `inf` is what is not
+    allowed, and entries out of order (`i < j < k`) are never read.  Step 0 is always a key.
+
+    Greedy rules read what they threshold instead: `change[s, i, t]`, how far step `t` is from
+    step `i`, relative; or `ratios[s, t]`, the norm at step `t` over that at step `t - 1`.
+    """
+
+    rate: Floats  # [S]: of one computation
+    base: Floats  # [S]: what the site costs however it is scheduled, mostly 0
+    hold: Floats  # [S, T, T + 1]
+    forecast: NDArray[np.floating[Any]] | None  # [S, T, T, T + 1]
+    forced: NDArray[np.bool_]  # [S, T]: steps that must be keys
+    budget: float
+    change: Floats | None = None  # [S, T, T]
+    ratios: Floats | None = None  # [S, T]
+
+
+Problem = Knapsack | Split | Coverage | Schedule
 
 
 @dataclass(frozen=True, eq=False)
 class Solution:
-    """`choice` is the option per site, the units per site, or the sorted chosen elements.
+    """`choice` is the option per site, the units per site, the sorted chosen elements, or which
+    steps each site computes (Schedule: `[S, T]` of 0 and 1).
 
-    `value` is the objective reached: distortion (Knapsack, minimised), retained share (Split:
-    the smallest over sites for thresholds, else the sum) or set value (Coverage, maximised).
+    `value` is the objective reached: distortion (Knapsack and Schedule, minimised), retained
+    share (Split: the smallest over sites for thresholds, else the sum) or set value (Coverage,
+    maximised).
     `rate` is what it uses of the budget.  `bound` is a proven limit on the best possible value
     and `gap = |value - bound| / max(|bound|, tiny)`; both None where nothing is proven.
     """

@@ -1,4 +1,4 @@
-"""The profile: streaming statistics of one model on calibration prompts, as plain arrays."""
+"""Profiles: streaming statistics of one model on calibration prompts, as plain arrays."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from cacheplan.types.model import ModelSpec
+from cacheplan.types.model import DiffusionSpec, FeatureSite, LanguageSpec
 from cacheplan.types.plan import KVAction
 
 
@@ -22,10 +22,10 @@ class Statistic:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Profile:
-    """What `cacheplan profile` measured.
+class KVProfile:
+    """What `cacheplan profile` measured on a language model.
 
-    Statistics of language models (L layers, K kv heads, A candidates, G keep fractions, M + 1
+    Statistics (L layers, K kv heads, A candidates, G keep fractions, M + 1
     points of a curve):
 
     `mass_curve` `[L, M+1]`: share of accumulated attention held by the best i/M of the tokens.
@@ -41,7 +41,7 @@ class Profile:
     is 1.0 and without meaning).
     """
 
-    model: ModelSpec
+    model: LanguageSpec
     statistics: dict[str, Statistic]
     keeps: tuple[float, ...]
     candidates: tuple[KVAction, ...]
@@ -51,3 +51,26 @@ class Profile:
     seed: int
     digest: str = ""
     versions: tuple[tuple[str, str], ...] = field(default=())
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class FeatureProfile:
+    """What `cacheplan profile` measured on a diffusion model.
+
+    `sites` is the axis "site" of the statistics, `lags` how many steps back features were
+    compared, and `probes` are the sites that were left out alone to see the damage.
+    """
+
+    model: DiffusionSpec
+    statistics: dict[str, Statistic]
+    sites: tuple[FeatureSite, ...]
+    lags: int
+    probes: tuple[FeatureSite, ...]
+    prompts: int
+    prompts_digest: str
+    seed: int
+    digest: str = ""
+    versions: tuple[tuple[str, str], ...] = field(default=())
+
+
+Profile = KVProfile | FeatureProfile

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from cacheplan.types.plan import KVAction
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe:
+class KVRecipe:
     """Name, paper, and the cells it is made of.
 
     `allocation` decides how much each site keeps: "uniform", "prefix" (one threshold on
@@ -17,10 +18,10 @@ class Recipe:
     methods have exactly one, and the knapsack chooses per site.
     """
 
+    family: ClassVar[str] = "language"
     name: str
     summary: str
     paper: str
     allocation: str
     candidates: tuple[KVAction, ...]
     decode_every: int | None = None
-    family: str = "language"

@@ -21,12 +21,12 @@ from cacheplan.formulate import formulate, predict, reached
 from cacheplan.plans.io import dumps
 from cacheplan.plans.rows import kept_rows
 from cacheplan.recipes import RECIPES
-from cacheplan.types import Knapsack, KVAction, Profile, Statistic
+from cacheplan.types import Knapsack, KVAction, KVProfile, Statistic
 from cacheplan.zoo import embedded_prompts
 
 
 @pytest.fixture(scope="module")
-def profile(tmp_path_factory: pytest.TempPathFactory) -> Profile:
+def profile(tmp_path_factory: pytest.TempPathFactory) -> KVProfile:
     out = tmp_path_factory.mktemp("profile") / "profile.safetensors"
     found = api.profile(out=out, limit=5, ablate=2)
     assert found is not None
@@ -35,7 +35,7 @@ def profile(tmp_path_factory: pytest.TempPathFactory) -> Profile:
 
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("budget", [1.0, 0.5, 0.3, 0.1])
-def test_plans_keep_within_their_budget(profile: Profile, recipe: str, budget: float) -> None:
+def test_plans_keep_within_their_budget(profile: KVProfile, recipe: str, budget: float) -> None:
     plan = api.solve(profile, budget=budget, recipe=recipe)
     assert plan.budget.reached <= budget + 1e-9
     assert plan.budget.reached >= 0.9 * budget
@@ -47,7 +47,7 @@ def test_plans_keep_within_their_budget(profile: Profile, recipe: str, budget: f
 
 
 @pytest.mark.parametrize("solver", ["milp", "dynamic", "lagrangian"])
-def test_solvers_agree_on_the_plan_problem(profile: Profile, solver: str) -> None:
+def test_solvers_agree_on_the_plan_problem(profile: KVProfile, solver: str) -> None:
     best = api.solve(profile, budget=0.12).certificate
     found = api.solve(profile, budget=0.12, solver=solver).certificate
     assert found.bound is not None
@@ -56,19 +56,19 @@ def test_solvers_agree_on_the_plan_problem(profile: Profile, solver: str) -> Non
     assert best.value * (1 - 1e-4) <= found.value <= best.value * 1.05
 
 
-def test_planned_value_is_its_prediction(profile: Profile) -> None:
+def test_planned_value_is_its_prediction(profile: KVProfile) -> None:
     plan = api.solve(profile, budget=0.12)
     assert plan.predicted is not None
     assert plan.certificate.value == pytest.approx(plan.predicted.kl, rel=1e-9)
     assert predict(profile, plan.entries) == plan.predicted.kl
 
 
-def test_more_budget_never_hurts_the_prediction(profile: Profile) -> None:
+def test_more_budget_never_hurts_the_prediction(profile: KVProfile) -> None:
     values = [api.solve(profile, budget=b).certificate.value for b in (0.05, 0.1, 0.2, 0.4, 0.8)]
     assert values == sorted(values, reverse=True)
 
 
-def test_planned_beats_published_recipes_on_held_out_prompts(profile: Profile) -> None:
+def test_planned_beats_published_recipes_on_held_out_prompts(profile: KVProfile) -> None:
     kl = {
         name: api.verify(api.solve(profile, budget=0.1, recipe=name), limit=3).damage.kl
         for name in ("planned", "keydiff", "snapkv", "streaming_llm", "random")
@@ -77,19 +77,19 @@ def test_planned_beats_published_recipes_on_held_out_prompts(profile: Profile) -
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_verified_bytes_are_the_planned_ones(profile: Profile, recipe: str) -> None:
+def test_verified_bytes_are_the_planned_ones(profile: KVProfile, recipe: str) -> None:
     found = api.verify(api.solve(profile, budget=0.25, recipe=recipe), limit=1)
     assert found.planned_bytes == found.measured_bytes <= 0.25 * found.full_bytes
 
 
-def test_null_plan_verifies_as_undamaged(profile: Profile) -> None:
+def test_null_plan_verifies_as_undamaged(profile: KVProfile) -> None:
     found = api.verify(api.solve(profile, budget=1, recipe="snapkv"), limit=2)
     assert found.damage.kl < 1e-9
     assert found.damage.agreement == 1.0
     assert found.damage.recall == found.damage.full_recall
 
 
-def test_verifying_on_calibration_prompts_is_refused(profile: Profile) -> None:
+def test_verifying_on_calibration_prompts_is_refused(profile: KVProfile) -> None:
     with pytest.raises(InputError, match="calibrated on"):
         api.verify(
             api.solve(profile, budget=0.5),
@@ -113,7 +113,9 @@ def test_verifying_on_calibration_prompts_is_refused(profile: Profile) -> None:
         ("0.015", InfeasibleError, "smallest feasible"),
     ],
 )
-def test_bad_budgets(profile: Profile, budget: str, error: type[Exception], sentence: str) -> None:
+def test_bad_budgets(
+    profile: KVProfile, budget: str, error: type[Exception], sentence: str
+) -> None:
     with pytest.raises(error) as caught:
         api.solve(profile, budget=budget)
     assert sentence in str(caught.value)
@@ -132,21 +134,21 @@ def test_bad_budgets(profile: Profile, budget: str, error: type[Exception], sent
         ("1e-1", 0.1, None),
     ],
 )
-def test_budget_units(profile: Profile, text: str, kept: float, rows: int | None) -> None:
+def test_budget_units(profile: KVProfile, text: str, kept: float, rows: int | None) -> None:
     # 400 tokens, 18 heads, 64 numbers of 16 bits a row
     found = parse_budget(text, profile.model, 400)
     assert found.kept == pytest.approx(kept)
     assert found.max_rows == rows
 
 
-def test_token_budgets_hold_for_longer_prompts(profile: Profile) -> None:
+def test_token_budgets_hold_for_longer_prompts(profile: KVProfile) -> None:
     plan = api.solve(profile, budget="64tok", length=400)
     for length in (400, 1000, 1900):
         assert kept_rows(plan, length).sum() <= 64 * 18
     assert kept_rows(plan, 1900).sum() == 64 * 18
 
 
-def test_score_state_counts_against_the_budget(profile: Profile) -> None:
+def test_score_state_counts_against_the_budget(profile: KVProfile) -> None:
     plan = api.solve(profile, budget=0.5, recipe="h2o")
     (action,) = {entry.action for entry in plan.entries}
     assert isinstance(action, KVAction)
@@ -155,7 +157,7 @@ def test_score_state_counts_against_the_budget(profile: Profile) -> None:
 
 
 @pytest.mark.parametrize("recipe", ["planned", "keydiff", "streaming_llm", "h2o"])
-def test_budgets_hold_while_decoding(profile: Profile, recipe: str) -> None:
+def test_budgets_hold_while_decoding(profile: KVProfile, recipe: str) -> None:
     plan = api.solve(profile, budget=0.3, recipe=recipe, decode_every=8)
     assert plan.trigger.decode_every == 8
     assert plan.budget.reached <= 0.3 + 1e-9
@@ -166,12 +168,12 @@ def test_budgets_hold_while_decoding(profile: Profile, recipe: str) -> None:
 
 
 @pytest.mark.parametrize("recipe", ["snapkv", "adakv", "prefixkv"])
-def test_recipes_that_cannot_evict_while_decoding_say_so(profile: Profile, recipe: str) -> None:
+def test_recipes_that_cannot_evict_while_decoding_say_so(profile: KVProfile, recipe: str) -> None:
     with pytest.raises(UnsupportedError, match="decode_every"):
         api.solve(profile, budget=0.3, recipe=recipe, decode_every=8)
 
 
-def test_unknown_names(profile: Profile) -> None:
+def test_unknown_names(profile: KVProfile) -> None:
     with pytest.raises(InputError, match='did you mean "snapkv"'):
         api.solve(profile, budget=0.5, recipe="snapvk")
     with pytest.raises(InputError, match="choose one of"):
@@ -180,7 +182,7 @@ def test_unknown_names(profile: Profile) -> None:
         api.solve(profile, budget=0.5, length=-4)
 
 
-def test_broken_statistics_are_refused(profile: Profile) -> None:
+def test_broken_statistics_are_refused(profile: KVProfile) -> None:
     damage = profile.statistics["damage"]
     for bad in (np.nan, -1.0):
         mean = damage.mean.copy()
@@ -195,13 +197,13 @@ def test_broken_statistics_are_refused(profile: Profile) -> None:
         api.solve(replace(profile, statistics=without), budget=0.5)
 
 
-def test_plan_of_another_model_is_refused(profile: Profile) -> None:
+def test_plan_of_another_model_is_refused(profile: KVProfile) -> None:
     other = replace(profile, model=replace(profile.model, digest="sha256:" + "1" * 64))
     with pytest.raises(ModelMismatchError):
         api.verify(api.solve(other, budget=0.5), model="recall", limit=1)
 
 
-def test_knapsack_has_one_option_per_candidate_and_share(profile: Profile) -> None:
+def test_knapsack_has_one_option_per_candidate_and_share(profile: KVProfile) -> None:
     recipe = RECIPES["planned"]
     problem = formulate(profile, recipe, parse_budget(0.5, profile.model, 400))
     assert isinstance(problem, Knapsack)
@@ -210,7 +212,7 @@ def test_knapsack_has_one_option_per_candidate_and_share(profile: Profile) -> No
     assert (problem.distortion >= 0).all()
 
 
-def test_generation_streams_what_it_returns(profile: Profile, tmp_path: Path) -> None:
+def test_generation_streams_what_it_returns(profile: KVProfile, tmp_path: Path) -> None:
     plan = api.solve(profile, budget=0.3)
     heard: list[str] = []
     found = api.generate(plan, max_new_tokens=5, on_text=heard.append)
@@ -225,7 +227,7 @@ def test_generation_streams_what_it_returns(profile: Profile, tmp_path: Path) ->
         api.generate(plan, prompt="")
 
 
-def test_statistics_have_named_axes(profile: Profile) -> None:
+def test_statistics_have_named_axes(profile: KVProfile) -> None:
     for name, statistic in profile.statistics.items():
         assert isinstance(statistic, Statistic)
         assert len(statistic.axes) == statistic.mean.ndim, name

@@ -15,13 +15,23 @@ from typer.testing import CliRunner
 
 from cacheplan import __version__, api
 from cacheplan.cli import app
+from cacheplan.plans.check import kv_only
 from cacheplan.plans.io import read_plan, write_plan
 from cacheplan.recipes import RECIPES
-from cacheplan.types import Damage, KeyDifference, KVAction, ModelSpec, Position, Profile, Statistic
+from cacheplan.types import (
+    Damage,
+    KeyDifference,
+    KVAction,
+    KVProfile,
+    LanguageSpec,
+    Position,
+    Statistic,
+)
 from cacheplan.verification import Verification
 
 run = CliRunner().invoke
-PLAN = replace(read_plan(Path(__file__).parents[1] / "plans" / "golden_plan.json"), measured=None)
+GOLDEN = Path(__file__).parents[1] / "plans" / "golden_plan.json"
+PLAN = replace(kv_only(read_plan(GOLDEN), "test"), measured=None)
 DAMAGE = Damage(
     kl=0.0456, agreement=0.98, recall=0.9, full_recall=0.95, nll=1.5, full_nll=1.4, prompts=48
 )
@@ -46,7 +56,7 @@ GENERATED = api.Generation(
 )
 
 
-def profile_of(model: ModelSpec) -> Profile:
+def profile_of(model: LanguageSpec) -> KVProfile:
     """A profile in which the first candidate is best everywhere, and later heads matter more."""
     candidates = tuple(KVAction(keep=1.0, scorer=s) for s in (KeyDifference(), Position()))
     keeps = (0.05, 0.1, 0.2, 0.5, 1.0)
@@ -59,7 +69,7 @@ def profile_of(model: ModelSpec) -> Profile:
         "context_length": np.array(100.0),
         "continuation_length": np.array(20.0),
     }
-    return Profile(
+    return KVProfile(
         model=model,
         statistics={k: Statistic((), 24, v, np.zeros_like(v)) for k, v in arrays.items()},
         keeps=keeps,
@@ -157,9 +167,9 @@ def test_a_shard_suggests_merging(quick_api: Any, monkeypatch: pytest.MonkeyPatc
 
 def test_verify_writes_the_measurement_only_when_asked(quick_api: Any) -> None:
     run(app, ["verify"])
-    assert read_plan("plan.json").measured is None
+    assert kv_only(read_plan("plan.json"), "test").measured is None
     run(app, ["verify", "--write"])
-    measured = read_plan("plan.json").measured
+    measured = kv_only(read_plan("plan.json"), "test").measured
     assert measured is not None
     assert measured.kl == 0.0456
     shown = run(app, ["show"])

@@ -15,11 +15,12 @@ from rich.console import Console
 from cacheplan.cli.facts import cells, percent, scorer_words, size
 from cacheplan.cli.heatmap import Heatmap, legend, plan_heatmap
 from cacheplan.cli.progress import progress
+from cacheplan.plans.check import kv_only
 from cacheplan.plans.io import read_plan
 from cacheplan.recipes import RECIPES
 from cacheplan.types import Entry, KVAction, Random, Site, WindowAttention
 
-PLAN = read_plan(Path(__file__).parents[1] / "plans" / "golden_plan.json")
+PLAN = kv_only(read_plan(Path(__file__).parents[1] / "plans" / "golden_plan.json"), "test")
 
 
 def drawn(heatmap: Heatmap, width: int = 80, *, colours: bool = False) -> str:

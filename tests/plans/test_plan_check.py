@@ -8,15 +8,14 @@ from typing import Any
 import pytest
 
 from cacheplan.errors import ModelMismatchError, PlanError, UnsupportedError
-from cacheplan.plans.check import check, check_model, check_runnable
+from cacheplan.plans.check import check, check_model, check_runnable, kv_only
 from cacheplan.plans.io import read_plan
 from cacheplan.types import (
     Action,
     Damage,
     Entry,
-    FeatureAction,
     KVAction,
-    Plan,
+    KVPlan,
     Position,
     Precision,
     Site,
@@ -26,8 +25,8 @@ from cacheplan.types import (
 )
 
 # Three layers of two kv heads; only layer 1 has one entry for both.
-PLAN = read_plan(Path(__file__).with_name("golden_plan.json"))
-Change = Callable[[], Plan]
+PLAN = kv_only(read_plan(Path(__file__).with_name("golden_plan.json")), "test")
+Change = Callable[[], KVPlan]
 
 
 def part(name: str, **changes: Any) -> Change:
@@ -59,13 +58,8 @@ def other(target: str, action: Action, **place: int) -> Change:
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        (
-            part("model", family="vision"),
-            'model.family is "vision", expected one of language, diffusion',
-        ),
         (part("model", layer_kinds=()), "model.layer_kinds is [], expected at least one layer"),
         (part("model", kv_heads=0), "model.kv_heads is 0, expected an integer of at least 1"),
-        (part("model", steps=0), "model.steps is 0, expected an integer of at least 1"),
         (
             part("budget", kept=0.0, reached=0.0),
             "budget.kept is 0.0, expected a number above 0 and at most 1",
@@ -83,6 +77,7 @@ def other(target: str, action: Action, **place: int) -> Change:
             "budget.reached is -0.1, expected a number from 0 to the budget 0.4",
         ),
         (part("budget", length=0), "budget.length is 0, expected an integer of at least 1"),
+        (part("budget", length=None), "budget.length is null, expected an integer of at least 1"),
         (part("budget", max_rows=0), "budget.max_rows is 0, expected an integer of at least 1"),
         (
             part("trigger", decode_every=0),
@@ -170,24 +165,12 @@ def other(target: str, action: Action, **place: int) -> Change:
             "entries[0].action.value.residual is -1, expected an integer of at least 0",
         ),
         (
-            other("feature", FeatureAction(do="guess")),
-            'entries[0].action.do is "guess", expected one of compute, reuse, forecast, skip',
-        ),
-        (
-            other("feature", FeatureAction(do="forecast", order=-1)),
-            "entries[0].action.order is -1, expected an integer of at least 0",
-        ),
-        (
             other("weight", WeightAction(weight=Precision(bits=64))),
             "entries[0].action.weight.bits is 64, expected an integer from 1 to 32",
         ),
-        (site(0, target="bias"), 'entries[0].site.target is "bias", expected one of kv, feature'),
+        (site(0, target="bias"), 'entries[0].site.target is "bias", expected one of kv, weight'),
         (site(0, layer=3), "entries[0].site.layer is 3, expected an integer from 0 below 3"),
         (site(0, head=-1), "entries[0].site.head is -1, expected an integer from 0 below 2"),
-        (
-            site(0, step=1),
-            "entries[0].site.step is 1, expected none, because only features change with the step",
-        ),
         (
             site(0, target="weight"),
             'entries[0].site.target is "weight", expected the kind of its action',
@@ -195,12 +178,12 @@ def other(target: str, action: Action, **place: int) -> Change:
         (
             lambda: replace(PLAN, entries=PLAN.entries[::-1]),
             "entries[1] is kv of layer 2 head 0 after kv of layer 2 head 1, "
-            "expected each site once, sorted by layer, target, head and step",
+            "expected each site once, sorted by layer, target and head",
         ),
         (
             put(2, PLAN.entries[2], PLAN.entries[2]),
             "entries[3] is kv of layer 1 after kv of layer 1, "
-            "expected each site once, sorted by layer, target, head and step",
+            "expected each site once, sorted by layer, target and head",
         ),
         (put(1), "entries name 1 kv heads of layer 0, expected all 2 of them"),
         (put(2), "entries name 0 kv heads of layer 1, expected all 2 of them"),
@@ -223,13 +206,9 @@ def test_check_refuses(change: Change, sentence: str) -> None:
 
 def test_check_accepts_every_kind_of_entry() -> None:
     check(PLAN)
-    check(other("feature", FeatureAction(do="forecast", order=2), step=7)())
+    weight = Entry(site=Site(layer=0, target="weight"), action=WeightAction())
+    check(replace(PLAN, entries=(*PLAN.entries[:2], weight, *PLAN.entries[2:])))
     check(replace(PLAN, predicted=None, measured=Damage(kl=0.0)))
-    model = replace(PLAN.model, family="diffusion", kv_heads=0, steps=8)
-    entry = Entry(site=Site(layer=2, target="feature", step=7), action=FeatureAction(do="reuse"))
-    check(replace(PLAN, model=model, entries=(entry,)))
-    with pytest.raises(PlanError, match="step is 8, expected an integer from 0 below 8"):
-        check(replace(PLAN, model=model, entries=(replace(entry, site=Site(layer=0, step=8)),)))
 
 
 def test_a_model_of_absurd_size_is_refused_quickly() -> None:
@@ -240,14 +219,6 @@ def test_a_model_of_absurd_size_is_refused_quickly() -> None:
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        (
-            part("model", family="diffusion"),
-            'model.family is "diffusion", which cannot be run yet; supported is "language"',
-        ),
-        (
-            other("feature", FeatureAction(do="reuse")),
-            'entries[0].site.target is "feature", which cannot be run yet; supported is "kv"',
-        ),
         (
             other("weight", WeightAction()),
             'entries[0].site.target is "weight", which cannot be run yet; supported is "kv"',
@@ -303,7 +274,6 @@ def test_check_runnable_accepts_what_is_supported() -> None:
             {"architecture": "QwenForCausalLM", "kv_heads": 4},
             "whose architecture is LlamaForCausalLM, but that of small is QwenForCausalLM",
         ),
-        ({"family": "diffusion"}, "whose family is language, but that of small is diffusion"),
         (
             {"layer_kinds": ("full_attention",) * 2},
             "whose number of layers is 3, but that of small is 2",
@@ -321,8 +291,6 @@ def test_check_runnable_accepts_what_is_supported() -> None:
             'whose rotary embedding is {"rope_theta":10000.0,"rope_type":"default"}, '
             "but that of small is {}",
         ),
-        ({"steps": 30}, "whose number of steps is None, but that of small is 30"),
-        ({"scheduler": "Euler"}, "whose scheduler is None, but that of small is Euler"),
         (
             {"digest": "sha256:0"},
             f"whose digest of configuration and weights is {PLAN.model.digest}, "

@@ -12,7 +12,6 @@ from cacheplan.plans.codec import REPEATED, decode, encode
 from cacheplan.types import (
     Action,
     Entry,
-    FeatureAction,
     KVAction,
     Random,
     Site,
@@ -45,13 +44,11 @@ def test_fields_equal_to_their_default_are_left_out() -> None:
 def test_tags_tell_the_members_of_a_union_apart() -> None:
     actions: tuple[Action, ...] = (
         KVAction(keep=0.5, scorer=Random(seed=7)),
-        FeatureAction(do="reuse"),
         WeightAction(),
     )
     encoded = encode(tuple[Action, ...], actions)
     assert encoded == [
         {"kind": "kv", "keep": 0.5, "scorer": {"name": "random", "seed": 7}},
-        {"kind": "feature", "do": "reuse"},
         {"kind": "weight"},
     ]
     assert decode(tuple[Action, ...], encoded) == actions
@@ -90,12 +87,11 @@ def test_an_integer_passes_for_a_float_and_becomes_one() -> None:
             'x has the unknown field "every", expected decode_every; '
             "update cacheplan if the file is newer",
         ),
-        (Action, {}, "x.kind is missing, expected one of kv, feature, weight"),
+        (Action, {}, "x.kind is missing, expected one of kv, weight"),
         (
             Action,
             {"kind": "KV"},
-            'x.kind is "KV", expected one of kv, feature, weight; '
-            "update cacheplan if the file is newer",
+            'x.kind is "KV", expected one of kv, weight; update cacheplan if the file is newer',
         ),
         (Action, {"kind": ["kv"]}, 'x.kind is ["kv"], expected text'),
         (Action, {"kind": REPEATED}, "x.kind appears twice in the same object, expected once"),

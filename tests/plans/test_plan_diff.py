@@ -3,25 +3,26 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+from cacheplan.plans.check import kv_only
 from cacheplan.plans.diff import diff
 from cacheplan.plans.io import read_plan
 from cacheplan.types import (
     Damage,
     Entry,
-    FeatureAction,
     KVAction,
-    Plan,
+    KVPlan,
     Precision,
     Random,
     Site,
     Trigger,
+    WeightAction,
     WindowAttention,
 )
 
-PLAN = read_plan(Path(__file__).with_name("golden_plan.json"))
+PLAN = kv_only(read_plan(Path(__file__).with_name("golden_plan.json")), "test")
 
 
-def even(keep: float, layers: int = 4) -> Plan:
+def even(keep: float, layers: int = 4) -> KVPlan:
     """Two kv heads in each layer, each with its own entry, all alike."""
     return replace(
         PLAN,
@@ -34,7 +35,7 @@ def even(keep: float, layers: int = 4) -> Plan:
     )
 
 
-def with_action(plan: Plan, index: int, action: KVAction) -> Plan:
+def with_action(plan: KVPlan, index: int, action: KVAction) -> KVPlan:
     entries = list(plan.entries)
     entries[index] = replace(entries[index], action=action)
     return replace(plan, entries=tuple(entries))
@@ -92,14 +93,14 @@ def test_heads_decided_together_are_compared_one_by_one() -> None:
 
 
 def test_sites_of_one_plan_only() -> None:
-    feature = Site(layer=1, target="feature", step=3)
+    weight = Site(layer=1, target="weight")
     b = replace(
         even(0.2, 3),
-        entries=(*even(0.2, 3).entries, Entry(site=feature, action=FeatureAction(do="skip"))),
+        entries=(*even(0.2, 3).entries, Entry(site=weight, action=WeightAction())),
     )
     assert diff(even(0.2), b) == [
         "model.layer_kinds: [full_attention, full_attention, full_attention, full_attention] -> "
         "[full_attention, full_attention, full_attention]",
-        "layer 1, feature at step 3: only in the second plan",
+        "layer 1, weight: only in the second plan",
         "layer 3, all heads: only in the first plan",
     ]

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from cacheplan.errors import InputError, PlanError
 from cacheplan.plans import io
+from cacheplan.plans.check import kv_only
 from cacheplan.plans.io import digest, dumps, loads, read_plan, write_plan
 from cacheplan.types import (
     SCORERS,
@@ -24,10 +25,9 @@ from cacheplan.types import (
     Certificate,
     Damage,
     Entry,
-    FeatureAction,
     KVAction,
-    ModelSpec,
-    Plan,
+    KVPlan,
+    LanguageSpec,
     Precision,
     Provenance,
     Scorer,
@@ -39,7 +39,7 @@ from cacheplan.types import (
 
 GOLDEN = Path(__file__).with_name("golden_plan.json")
 DATA = GOLDEN.read_bytes()
-PLAN = loads(DATA, "plan.json")
+PLAN = kv_only(loads(DATA, "plan.json"), "test")
 
 shares = st.floats(0, 1)
 positive = st.floats(0, 1, exclude_min=True)
@@ -77,13 +77,6 @@ kv = st.builds(
     value=precisions,
     rank=st.none() | counts,
 )
-features = st.builds(
-    FeatureAction,
-    do=st.sampled_from(["compute", "reuse", "forecast", "skip"]),
-    order=natural,
-    basis=st.text(),
-    correction=st.none() | st.text(),
-)
 damages = st.none() | st.builds(
     Damage,
     kl=losses,
@@ -96,28 +89,23 @@ damages = st.none() | st.builds(
 
 
 @st.composite
-def plans(draw: st.DrawFn) -> Plan:
+def plans(draw: st.DrawFn) -> KVPlan:
     heads, layers = draw(st.integers(1, 3)), draw(st.integers(1, 3))
     kinds = st.lists(st.sampled_from(["full_attention", "étage"]), min_size=layers, max_size=layers)
     model = draw(
         st.builds(
-            ModelSpec,
+            LanguageSpec,
             id=st.text(),
-            family=st.just("language"),
             layer_kinds=kinds.map(tuple),
             query_heads=counts,
             kv_heads=st.just(heads),
             key_width=counts,
             value_width=counts,
             max_length=counts,
-            steps=st.none() | st.just(4),
         )
     )
     entries: list[Entry] = []
     for layer in range(layers):
-        if draw(st.booleans()):
-            site = Site(layer=layer, target="feature", step=draw(st.integers(0, 3)))
-            entries.append(Entry(site=site, action=draw(features)))
         if draw(st.booleans()):
             action = draw(kv)
             changes: Any = draw(st.sampled_from([{}, {"share": "layer"}, {"split": "adaptive"}]))
@@ -130,7 +118,7 @@ def plans(draw: st.DrawFn) -> Plan:
             weights = st.builds(WeightAction, weight=precisions, activation=precisions)
             entries.append(Entry(site=site, action=draw(weights)))
     kept = draw(positive)
-    return Plan(
+    return KVPlan(
         model=model,
         recipe=draw(st.text()),
         budget=Budget(
@@ -158,7 +146,7 @@ def plans(draw: st.DrawFn) -> Plan:
 
 @settings(derandomize=True, deadline=None, max_examples=100)
 @given(plans())
-def test_round_trip(plan: Plan) -> None:
+def test_round_trip(plan: KVPlan) -> None:
     data = dumps(plan)
     again = loads(data, "plan.json")
     assert again == plan
@@ -176,11 +164,11 @@ def test_golden_bytes(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["plan.json"]
 
 
-def test_the_specification_shows_a_plan_that_can_be_read() -> None:
+def test_the_specification_shows_plans_that_can_be_read() -> None:
     spec = Path(__file__).parents[2] / "plans" / "SPEC.md"
-    example = re.search(r"```json\n(.*?)```", spec.read_text("utf-8"), re.DOTALL)
-    assert example is not None
-    assert example[1].encode() == DATA
+    examples = re.findall(r"```json\n(.*?)```", spec.read_text("utf-8"), re.DOTALL)
+    features = GOLDEN.with_name("golden_features.json")
+    assert [example.encode() for example in examples] == [DATA, features.read_bytes()]
 
 
 def test_line_ends_and_indentation_may_be_converted() -> None:
@@ -258,13 +246,28 @@ CHANGED = "the file was changed after it was written, its digest no longer fits;
             edit('"version": 1', '"version": 1, "version": 1'),
             "version appears twice in the same object, expected once",
         ),
-        (edit('"digest": "sha256:f', '"digest": "sha256:0'), CHANGED),
-        (edit('"digest": "sha256:f', '"digests": "sha256:f'), "digest is null, expected text"),
+        (edit('"digest": "sha256:c', '"digest": "sha256:0'), CHANGED),
+        (edit('"digest": "sha256:c', '"digests": "sha256:f'), "digest is null, expected text"),
         (edit('"layer": 0, "head": 0', '"head": 0, "layer": 0'), CHANGED),
         (edit('"layer": 0, "head": 0', '"layer": 0, "target": "kv", "head": 0'), CHANGED),
         (edit("optimal within", "optimal  within"), CHANGED),
         (edit('"reached": 0.3999', '"reached": 0.39990'), CHANGED),
         (edit('"reached": 0.3999', '"reached": 0'), CHANGED),
+        (
+            edit('  "family": "language",\n', ""),
+            "family is missing, expected one of language, diffusion",
+        ),
+        (
+            edit('"family": "language"', '"family": "vision"'),
+            'family is "vision", expected one of language, diffusion; '
+            "update cacheplan if the file is newer",
+        ),
+        (
+            edit('"family": "language"', '"family": "diffusion"'),
+            'the file has the unknown field "trigger", expected family, model, recipe, budget, '
+            "entries, gate, dt_scale, certificate, predicted, measured, provenance; "
+            "update cacheplan if the file is newer",
+        ),
         (edit("0.7", '"a"'), 'entries[0].action.keep is "a", expected a number'),
         (edit("0.7", "NaN"), "entries[0].action.keep is NaN, expected a finite number"),
         (edit("0.7", "1e999"), "entries[0].action.keep is Infinity, expected a finite number"),
@@ -284,8 +287,8 @@ CHANGED = "the file was changed after it was written, its digest no longer fits;
         ),
         (
             edit('"trigger": {}', '"triggers": {}'),
-            'the file has the unknown field "triggers", expected model, recipe, budget, entries, '
-            "trigger, certificate, predicted, measured, provenance; "
+            'the file has the unknown field "triggers", expected family, model, recipe, budget, '
+            "entries, trigger, certificate, predicted, measured, provenance; "
             "update cacheplan if the file is newer",
         ),
     ],

@@ -11,7 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from cacheplan.errors import InfeasibleError
-from cacheplan.plans.check import check
+from cacheplan.plans.check import check, kv_only
 from cacheplan.plans.io import read_plan
 from cacheplan.plans.rows import (
     SLACK,
@@ -25,14 +25,14 @@ from cacheplan.types import (
     AccumulatedAttention,
     Entry,
     KVAction,
-    Plan,
+    KVPlan,
     Position,
     Scorer,
     Site,
     Trigger,
 )
 
-BASE = read_plan(Path(__file__).with_name("golden_plan.json"))
+BASE = kv_only(read_plan(Path(__file__).with_name("golden_plan.json")), "test")
 Keeps = list[float | list[float]]
 
 
@@ -42,7 +42,7 @@ def make(
     max_rows: int | None = None,
     every: int | None = None,
     scorer: Scorer | None = None,
-) -> Plan:
+) -> KVPlan:
     """Two kv heads of width 16; a layer keeps one fraction for both heads or a list."""
     entries = []
     for layer, keep in enumerate(keeps):

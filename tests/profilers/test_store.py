@@ -23,7 +23,7 @@ from cacheplan.profilers.store import (
     read_state,
     write_state,
 )
-from cacheplan.types import KVAction, ModelSpec
+from cacheplan.types import KVAction, LanguageSpec
 
 PROMPTS = 7
 numbers = st.floats(0, 60000, allow_nan=False)
@@ -57,7 +57,7 @@ def test_exact_sums_refuse_what_they_cannot_hold(bad: float) -> None:
         ExactSum.zeros((1,)).add(np.array([bad]), "damage")
 
 
-def make_settings(tiny_spec: ModelSpec, **changes: Any) -> Settings:
+def make_settings(tiny_spec: LanguageSpec, **changes: Any) -> Settings:
     fields: dict[str, Any] = {
         "model": tiny_spec,
         "candidates": (KVAction(keep=1.0),),
@@ -80,20 +80,20 @@ def found(index: int) -> dict[str, Any]:
     return result
 
 
-def measured(tiny_spec: ModelSpec, indices: range, **changes: Any) -> ProfileState:
+def measured(tiny_spec: LanguageSpec, indices: range, **changes: Any) -> ProfileState:
     state = ProfileState(make_settings(tiny_spec, **changes), indices)
     for index in indices:
         state.add(index, found(index))
     return state
 
 
-def test_shards_merge_to_the_same_bytes(tiny_spec: ModelSpec) -> None:
+def test_shards_merge_to_the_same_bytes(tiny_spec: LanguageSpec) -> None:
     whole = measured(tiny_spec, range(PROMPTS))
     shards = [measured(tiny_spec, range(i, PROMPTS, 3)) for i in (2, 0, 1)]
     assert dumps(merge(shards, ["a", "b", "c"])) == dumps(whole)
 
 
-def test_file_round_trip_and_resume(tiny_spec: ModelSpec, tmp_path: Path) -> None:
+def test_file_round_trip_and_resume(tiny_spec: LanguageSpec, tmp_path: Path) -> None:
     path = tmp_path / "profile.safetensors"
     write_state(measured(tiny_spec, range(3)), path)
     state = read_state(path)
@@ -107,12 +107,12 @@ def test_file_round_trip_and_resume(tiny_spec: ModelSpec, tmp_path: Path) -> Non
     np.testing.assert_allclose(profile.statistics["damage"].mean, expected, rtol=1e-12)
 
 
-def test_incomplete_profiles_are_named(tiny_spec: ModelSpec) -> None:
+def test_incomplete_profiles_are_named(tiny_spec: LanguageSpec) -> None:
     with pytest.raises(ProfileError, match="lacks 4 of 7 prompts"):
         finish(measured(tiny_spec, range(3)), "half.safetensors")
 
 
-def test_merging_strangers_or_twins_is_refused(tiny_spec: ModelSpec) -> None:
+def test_merging_strangers_or_twins_is_refused(tiny_spec: LanguageSpec) -> None:
     first = measured(tiny_spec, range(0, 4))
     with pytest.raises(InputError, match="prompts_digest"):
         merge([first, measured(tiny_spec, range(4, 7), prompts_digest="other")], ["a", "b"])
@@ -120,7 +120,7 @@ def test_merging_strangers_or_twins_is_refused(tiny_spec: ModelSpec) -> None:
         merge([first, measured(tiny_spec, range(3, 7))], ["a", "b"])
 
 
-def test_damaged_files_never_load(tiny_spec: ModelSpec, tmp_path: Path) -> None:
+def test_damaged_files_never_load(tiny_spec: LanguageSpec, tmp_path: Path) -> None:
     whole = dumps(measured(tiny_spec, range(PROMPTS)))
     path = tmp_path / "profile.safetensors"
     cuts = [whole[:n] for n in range(0, len(whole), 97)]
@@ -133,7 +133,7 @@ def test_damaged_files_never_load(tiny_spec: ModelSpec, tmp_path: Path) -> None:
         assert "cacheplan profile" in str(caught.value)
 
 
-def test_negative_sums_are_refused(tiny_spec: ModelSpec, tmp_path: Path) -> None:
+def test_negative_sums_are_refused(tiny_spec: LanguageSpec, tmp_path: Path) -> None:
     state = measured(tiny_spec, range(PROMPTS))
     state.sums["damage"].parts[0, 0, 0, 0, 0] = -5
     path = tmp_path / "profile.safetensors"
@@ -142,7 +142,7 @@ def test_negative_sums_are_refused(tiny_spec: ModelSpec, tmp_path: Path) -> None
         read_state(path)
 
 
-def test_header_is_canonical(tiny_spec: ModelSpec) -> None:
+def test_header_is_canonical(tiny_spec: LanguageSpec) -> None:
     data = dumps(measured(tiny_spec, range(PROMPTS)))
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     text = header["__metadata__"]["cacheplan"]

@@ -14,7 +14,7 @@ from cacheplan.adapters.language import load
 from cacheplan.errors import InputError
 from cacheplan.profilers.prompts import Prompt, load_prompts
 from cacheplan.recipes import RECIPES
-from cacheplan.types import Budget, Entry, Plan, Site
+from cacheplan.types import Budget, Entry, KVPlan, Site
 from cacheplan.verification import measure_damage
 from cacheplan.zoo import embedded_path, embedded_prompts
 from cacheplan.zoo.recall.grammar import BOS, Mixture, document, recall_prompt
@@ -60,7 +60,7 @@ def test_random_eviction_of_four_fifths_breaks_it(recall: Any, tmp_path: Path) -
     from dataclasses import replace
 
     (candidate,) = RECIPES["random"].candidates
-    plan = Plan(
+    plan = KVPlan(
         model=recall.spec,
         recipe="random",
         budget=Budget(asked="0.2", kept=0.2, reached=0.2, length=400),

@@ -1,0 +1,120 @@
+"""KV plans: whether they make sense, whether they can be run, and what their model is."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+from cacheplan.errors import PlanError
+from cacheplan.plans.rules import COUNT, check_budget, check_certificate, need, refuse
+from cacheplan.plans.rules_kv import check_damage, check_entry, check_geometry
+from cacheplan.types import (
+    FULL_ATTENTION,
+    Entry,
+    KVAction,
+    KVPlan,
+    LanguageSpec,
+    Site,
+    WindowAttention,
+)
+
+
+def check_kv(plan: KVPlan) -> None:
+    """Every rule a plan must obey on its own; PlanError for the first one broken.
+
+    Types are taken as right: reading a file has checked them.
+    """
+    check_geometry(plan.model)
+    check_budget(plan.budget)
+    length, rows = plan.budget.length, plan.budget.max_rows
+    need(length is not None and length >= 1, "budget.length", length, COUNT)
+    need(rows is None or rows >= 1, "budget.max_rows", rows, COUNT)
+    for index, entry in enumerate(plan.entries):
+        check_entry(entry, plan.model, f"entries[{index}]")
+    for index, (before, after) in enumerate(pairwise(plan.entries), start=1):
+        if _order(before.site) >= _order(after.site):
+            raise PlanError(
+                f"entries[{index}] is {_words(after.site)} after {_words(before.site)}, "
+                "expected each site once, sorted by layer, target and head"
+            )
+    _check_coverage(plan.entries, plan.model)
+    every = plan.trigger.decode_every
+    need(every is None or every >= 1, "trigger.decode_every", every, COUNT)
+    check_certificate(plan.certificate)
+    for name, damage in (("predicted", plan.predicted), ("measured", plan.measured)):
+        if damage is not None:
+            check_damage(damage, name)
+
+
+def check_runnable_kv(plan: KVPlan) -> None:
+    """UnsupportedError, with what is supported instead, if the runtime cannot follow the plan."""
+    for index, entry in enumerate(plan.entries):
+        at, action = f"entries[{index}].action", entry.action
+        if not isinstance(action, KVAction):
+            refuse(f"entries[{index}].site.target", entry.site.target, '"kv"')
+        if action.losers != "evict":
+            refuse(f"{at}.losers", action.losers, '"evict"')
+        for name, precision in (("key", action.key), ("value", action.value)):
+            if precision.format != "model":
+                refuse(f"{at}.{name}.format", precision.format, '"model"')
+        if action.rank is not None:
+            refuse(f"{at}.rank", action.rank, "none (all channels)")
+        if plan.trigger.decode_every is not None and isinstance(action.scorer, WindowAttention):
+            refuse(
+                f"{at}.scorer.name",
+                action.scorer.name,
+                "any other scorer where trigger.decode_every is set, "
+                "because the window belongs to the prompt",
+            )
+        if plan.trigger.decode_every is not None and action.share != "head":
+            refuse(f"{at}.share", action.share, '"head" where trigger.decode_every is set')
+        if plan.trigger.decode_every is not None and action.split != "equal":
+            refuse(f"{at}.split", action.split, '"equal" where trigger.decode_every is set')
+        kind = plan.model.layer_kinds[entry.site.layer]
+        if kind != FULL_ATTENTION and (action.keep < 1 or plan.budget.max_rows is not None):
+            refuse(f"{at}.keep", action.keep, f"1 without max_rows in a layer of {kind}")
+
+
+def _check_coverage(entries: tuple[Entry, ...], model: LanguageSpec) -> None:
+    """Each kv head of each layer once; the entries are sorted, without repetition."""
+    heads: list[list[int | None]] = [[] for _ in model.layer_kinds]
+    for entry in entries:
+        if entry.site.target == "kv":
+            heads[entry.site.layer].append(entry.site.head)
+    for layer, found in enumerate(heads):
+        if found == [None] or (None not in found and len(found) == model.kv_heads):
+            continue
+        if None in found:
+            raise PlanError(
+                f"entries name layer {layer} as a whole and head {found[1]} of it, "
+                "expected either all heads at once or each on its own"
+            )
+        raise PlanError(
+            f"entries name {len(found)} kv heads of layer {layer}, "
+            f"expected all {model.kv_heads} of them"
+        )
+
+
+def _order(site: Site) -> tuple[int, str, int]:
+    """Sort key of sites; "all of them" (None) comes before the first."""
+    return site.layer, site.target, -1 if site.head is None else site.head
+
+
+def _words(site: Site) -> str:
+    """A site for people, such as "kv of layer 3 head 1"."""
+    head = "" if site.head is None else f" head {site.head}"
+    return f"{site.target} of layer {site.layer}{head}"
+
+
+def identity_kv(spec: LanguageSpec) -> dict[str, object]:
+    """What decides whether two models share plans, in the order in which to report it."""
+    return {
+        "architecture": spec.architecture,
+        "number of layers": spec.layers,
+        **{f"kind of layer {index}": kind for index, kind in enumerate(spec.layer_kinds)},
+        "number of kv heads": spec.kv_heads,
+        "number of query heads": spec.query_heads,
+        "key width": spec.key_width,
+        "value width": spec.value_width,
+        "rotary embedding": spec.rope,
+        "digest of configuration and weights": spec.digest,
+    }
