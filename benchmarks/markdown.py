@@ -1,6 +1,7 @@
-"""The README's table of recipes, from the JSON of `benchmarks/recipes.py`.
+"""The README's tables of recipes, from the JSON of `benchmarks/recipes.py` and `features.py`.
 
 python benchmarks/markdown.py benchmarks/results/recipes.json
+python benchmarks/markdown.py benchmarks/results/features.json
 """
 
 from __future__ import annotations
@@ -47,6 +48,52 @@ def headline(result: dict[str, Any]) -> str:
     )
 
 
+def feature_table(result: dict[str, Any]) -> str:
+    """Error and PSNR of every feature recipe at every budget, least error of each in bold."""
+    rows = result["rows"]
+    budgets = sorted({row["budget"] for row in rows}, reverse=True)
+    names = list(dict.fromkeys(row["recipe"] for row in rows))
+    names.sort(key=lambda name: name != "planned")
+    cell = {(row["recipe"], row["budget"]): row for row in rows}
+    best = {b: min(row["error"] for row in rows if row["budget"] == b) for b in budgets}
+    heads = ["error of the final latent, PSNR", *(f"compute {budget:g}" for budget in budgets)]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for name in names:
+        texts = []
+        for budget in budgets:
+            row = cell.get((name, budget))
+            if row is None:
+                texts.append("infeasible")
+                continue
+            error = f"{row['error']:.2g}"
+            if row["error"] == best[budget]:
+                error = f"**{error}**"
+            texts.append(f"{error}, {row['psnr']:.1f} dB")
+        lines.append(f"| {name} | " + " | ".join(texts) + " |")
+    return "\n".join(lines)
+
+
+def feature_headline(result: dict[str, Any]) -> str:
+    """The plan against the best other row and fewer steps, and how good predictions are."""
+    summary = result["summary"]
+    ahead = ", ".join(
+        f"{found['ratio']:.2f} and {found['ratio_to_fewer_steps']:.2f} at {budget} "
+        f"(best other: {found['best_other']})"
+        for budget, found in summary["planned_over_best_other"].items()
+    )
+    low, high = summary["measured_over_predicted"]
+    predicted = sum("predicted_error" in row for row in result["rows"])
+    return (
+        "The error of `planned`, as a share of the best other recipe's and of fewer steps', is "
+        f"{ahead}. Prediction against measurement over all {predicted} plans: rank correlation "
+        f"{summary['rank_correlation']:.2f}, measured over predicted between {low:.2f} and "
+        f"{high:.1f}"
+    )
+
+
 if __name__ == "__main__":
     found = json.loads(Path(sys.argv[1]).read_text())
-    print(recipe_table(found), headline(found), sep="\n\n")
+    if "error" in found["rows"][0]:
+        print(feature_table(found), feature_headline(found), sep="\n\n")
+    else:
+        print(recipe_table(found), headline(found), sep="\n\n")

@@ -1,37 +1,39 @@
-"""What the command line does, as functions: profile, merge, solve, verify, generate."""
+"""What the command line does, as functions: profile, merge, solve, verify, generate, draw."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, overload
 
-from cacheplan.environment import installed_versions
+from cacheplan import diffusion, language
+from cacheplan.drawing import Drawing, draw
 from cacheplan.errors import InputError
 from cacheplan.generation import Generation, generate
-from cacheplan.inputs import prompts_for
-from cacheplan.plans.check import check, check_model, check_runnable, kv_only
 from cacheplan.plans.io import read_plan as load_plan
 from cacheplan.plans.io import write_plan as save_plan
 from cacheplan.types import (
-    Certificate,
-    Damage,
-    Knapsack,
+    DiffusionSpec,
+    FeaturePlan,
+    FeatureProfile,
     KVPlan,
     KVProfile,
+    LanguageSpec,
     Plan,
-    Provenance,
-    Solution,
-    Trigger,
+    Profile,
 )
 
 if TYPE_CHECKING:
+    from cacheplan.picture_verification import PictureVerification, Row
     from cacheplan.profilers.collect import Progress
     from cacheplan.verification import Verification
 
 __all__ = [
+    "Drawing",
     "Generation",
+    "compare",
+    "draw",
+    "family_of",
     "generate",
     "load_plan",
     "load_profile",
@@ -42,90 +44,73 @@ __all__ = [
     "verify",
 ]
 
-KEEPS = (0.02, 0.03, 0.04, 0.06, 0.08, 0.1, 0.13, 0.16, 0.2, 0.25, 0.3, 0.4, 0.5, 0.65, 0.8, 1.0)
-PROBE_KEEP = 0.1
-PROBE_SCORERS = ("window_attention", "key_difference", "position")
+FAMILIES = (LanguageSpec.family, DiffusionSpec.family)
+
+
+def family_of(model: str | None, family: str | None = None) -> str:
+    """ "language" or "diffusion": as asked, else what the model's folder holds."""
+    from cacheplan.zoo import embedded_path
+
+    if family is not None:
+        if family not in FAMILIES:
+            raise InputError(f'The family is "{family}", expected {" or ".join(FAMILIES)}.')
+        return family
+    folder = (embedded_path(model) or Path(model)) if model else None
+    pipeline = folder is not None and (folder / "model_index.json").is_file()
+    return FAMILIES[pipeline]
 
 
 def profile(
     model: str | None = None,
     *,
     out: Path,
+    family: str | None = None,
     prompts: Path | None = None,
-    split: float = 0.8,
     limit: int | None = None,
-    ablate: int = 8,
+    ablate: int | None = None,
     seed: int = 0,
     shard: tuple[int, int] = (0, 1),
     device: str | None = None,
     dtype: str | None = None,
     progress: Progress | None = None,
-) -> KVProfile | None:
+    split: float | None = None,
+    settings: Mapping[str, Any] | None = None,
+    lags: int | None = None,
+    tokens: int | None = None,
+) -> Profile | None:
     """Measure a model on calibration prompts and write the profile to `out`.
 
     A run that was interrupted goes on where it stopped (`out` with the suffix `.part`).  With
     `shard=(i, n)`, only every n-th prompt from the i-th is measured; `merge` joins the files,
     and None is returned.
+
+    `family` is "language" or "diffusion"; a folder tells by itself.  The first `ablate` prompts
+    (8, or 2 in diffusion) are run again with one thing cached at a time.  For language models,
+    `split` is the share of a plain text that is context (0.8).  For diffusion models, `settings`
+    are those of the pipeline's call (`{"num_inference_steps": 30}`), features are compared up to
+    `lags` steps back (16) at up to `tokens` tokens (512).
     """
-    import torch
-
-    from cacheplan.adapters.language import load
-    from cacheplan.profilers.collect import collect
-    from cacheplan.profilers.prompts import digest
-    from cacheplan.profilers.store import (
-        ProfileState,
-        Settings,
-        finish,
-        read_state,
-        write_state,
+    common: dict[str, Any] = {
+        "out": out,
+        "prompts": prompts,
+        "limit": limit,
+        "ablate": ablate,
+        "seed": seed,
+        "shard": shard,
+        "device": device,
+        "dtype": dtype,
+        "progress": progress,
+    }
+    if family_of(model, family) == LanguageSpec.family:
+        _only("diffusion", settings=settings or None, lags=lags, tokens=tokens)
+        return language.profile_language(model, split=split, **common)
+    _only("language", split=split)
+    return diffusion.profile_features(
+        model, settings=settings or {}, lags=lags, tokens=tokens, **common
     )
-    from cacheplan.recipes import CANDIDATES
-
-    part, parts = shard
-    if not 0 <= part < parts:
-        raise InputError(
-            f'The shard is "{part}/{parts}", expected i/n with i from 0 to n - 1, such as 0/2.'
-        )
-    if ablate < 1:
-        raise InputError(f"--ablate is {ablate}, expected at least 1 prompt to ablate heads on.")
-    loaded = load(model, device=device, dtype=dtype)
-    torch.manual_seed(seed)
-    texts = prompts_for(loaded, prompts, "calibration", split, limit)
-    settings = Settings(
-        model=loaded.spec,
-        candidates=CANDIDATES,
-        keeps=KEEPS,
-        probes=_probes(),
-        ablate=min(ablate, len(texts)),
-        prompts=len(texts),
-        prompts_digest=digest(texts),
-        seed=seed,
-        versions=installed_versions(),
-    )
-    state = ProfileState(settings, range(part, len(texts), parts))
-    unfinished = out.with_name(out.name + ".part")
-    if unfinished.exists():
-        earlier = read_state(unfinished)
-        if earlier.settings != settings or not earlier.done <= set(state.responsible):
-            raise InputError(
-                f"{unfinished} is an interrupted profile with other settings: delete it, or "
-                "choose another --out."
-            )
-        state.done, state.sums = earlier.done, earlier.sums
-    write_state(state, unfinished)  # an output that cannot be written is noticed before the work
-    collect(
-        loaded.model,
-        texts,
-        state,
-        save=lambda current: write_state(current, unfinished),
-        progress=progress,
-    )
-    write_state(state, out)
-    unfinished.unlink(missing_ok=True)
-    return finish(state, str(out)) if parts == 1 else None
 
 
-def merge(parts: Sequence[Path], *, out: Path) -> KVProfile:
+def merge(parts: Sequence[Path], *, out: Path) -> Profile:
     """Join the shards of one profile; the result has the bytes of an undivided run."""
     from cacheplan.profilers.store import finish, read_state, write_state
     from cacheplan.profilers.store import merge as merge_states
@@ -138,119 +123,154 @@ def merge(parts: Sequence[Path], *, out: Path) -> KVProfile:
     return profile
 
 
-def load_profile(path: Path) -> KVProfile:
+def load_profile(path: Path) -> Profile:
     """Read a complete profile."""
     from cacheplan.profilers.store import finish, read_state
 
     return finish(read_state(path), str(path))
 
 
+@overload
 def solve(
     profile: KVProfile,
     *,
     budget: str | float,
+    recipe: str = ...,
+    solver: str | None = ...,
+    length: int | None = ...,
+    decode_every: int | None = ...,
+    command: str = ...,
+) -> KVPlan: ...
+@overload
+def solve(
+    profile: FeatureProfile,
+    *,
+    budget: str | float,
+    recipe: str = ...,
+    solver: str | None = ...,
+    length: int | None = ...,
+    decode_every: int | None = ...,
+    command: str = ...,
+) -> FeaturePlan: ...
+def solve(
+    profile: Profile,
+    *,
+    budget: str | float,
     recipe: str = "planned",
-    solver: str = "milp",
+    solver: str | None = None,
     length: int | None = None,
     decode_every: int | None = None,
     command: str = "",
-) -> KVPlan:
-    """Choose what every site keeps under the budget.
+) -> Plan:
+    """Choose what every site keeps, or every step computes, under the budget.
 
-    `length` is the prompt length for which absolute budgets ("512tok", "2GiB") are translated;
-    the profile's mean context length if None.  `solver` applies to the knapsack of `planned`.
+    Only for language models: `length` is the prompt length for which absolute budgets ("512tok",
+    "2GiB") are translated, the profile's mean context length if None; `solver` applies to the
+    knapsack of `planned` ("milp" if None); `decode_every` new tokens caches are cut back.
     """
-    from cacheplan.budget import parse_budget
-    from cacheplan.formulate import formulate, predict, reached, realize, statistic
-    from cacheplan.recipes import find_recipe, while_decoding
-    from cacheplan.solvers.prefix import Prefix
-    from cacheplan.solvers.registry import knapsack_solver
-    from cacheplan.solvers.uniform import Uniform
-
-    row = find_recipe(recipe)
-    size = length or round(float(statistic(profile, "context_length")))
-    if size < 1:
-        raise InputError(f"The length is {length} tokens, expected at least 1.")
-    asked = parse_budget(budget, profile.model, size)
-    every = decode_every if decode_every is not None else row.decode_every
-    if every is not None:
-        row = while_decoding(replace(row, decode_every=every))
-    problem = formulate(profile, row, asked)
-    solution: Solution
-    if isinstance(problem, Knapsack):
-        solution = knapsack_solver(solver)(problem)
-    else:
-        solution = (Prefix() if row.allocation == "prefix" else Uniform())(problem)
-    entries = realize(profile, row, asked, solution)
-    plan = KVPlan(
-        model=profile.model,
-        recipe=row.name,
-        budget=replace(asked, reached=reached(profile, entries, every)),
-        entries=entries,
-        trigger=Trigger(decode_every=every),
-        certificate=Certificate(
-            solver=solver if row.allocation == "knapsack" else row.allocation,
-            value=solution.value,
-            bound=solution.bound,
-            gap=solution.gap,
-            status=solution.status,
-        ),
-        predicted=Damage(
-            kl=predict(profile, entries), prompts=profile.prompts, digest=profile.prompts_digest
-        ),
-        measured=None,
-        provenance=Provenance(
-            profile=profile.digest,
-            prompts=profile.prompts_digest,
-            seed=profile.seed,
-            versions=installed_versions(),
+    if isinstance(profile, KVProfile):
+        return language.solve_language(
+            profile,
+            budget=budget,
+            recipe=recipe,
+            solver=solver,
+            length=length,
+            decode_every=decode_every,
             command=command,
-        ),
-    )
-    check(plan)
-    check_runnable(plan)
-    return plan
+        )
+    _only("language", solver=solver, length=length, decode_every=decode_every)
+    return diffusion.solve_features(profile, budget=budget, recipe=recipe, command=command)
 
 
+@overload
+def verify(
+    plan: KVPlan,
+    *,
+    model: str | None = ...,
+    prompts: Path | None = ...,
+    split: float | None = ...,
+    settings: Mapping[str, Any] | None = ...,
+    limit: int | None = ...,
+    device: str | None = ...,
+    dtype: str | None = ...,
+    progress: Progress | None = ...,
+) -> Verification: ...
+@overload
+def verify(
+    plan: FeaturePlan,
+    *,
+    model: str | None = ...,
+    prompts: Path | None = ...,
+    split: float | None = ...,
+    settings: Mapping[str, Any] | None = ...,
+    limit: int | None = ...,
+    device: str | None = ...,
+    dtype: str | None = ...,
+    progress: Progress | None = ...,
+) -> PictureVerification: ...
 def verify(
     plan: Plan,
     *,
     model: str | None = None,
     prompts: Path | None = None,
-    split: float = 0.8,
+    split: float | None = None,
+    settings: Mapping[str, Any] | None = None,
     limit: int | None = None,
     device: str | None = None,
     dtype: str | None = None,
     progress: Progress | None = None,
-) -> Verification:
+) -> Verification | PictureVerification:
     """Measure the plan's damage on held-out prompts (for the embedded model: its own).
 
     Raises InputError if the prompts are those the plan was calibrated on.
     """
-    from cacheplan.adapters.language import load
-    from cacheplan.profilers.prompts import digest
-    from cacheplan.verification import measure_damage
+    common: dict[str, Any] = {
+        "model": model,
+        "prompts": prompts,
+        "limit": limit,
+        "device": device,
+        "dtype": dtype,
+        "progress": progress,
+    }
+    if isinstance(plan, KVPlan):
+        _only("diffusion", settings=settings or None)
+        return language.verify_language(plan, split=split, **common)
+    _only("language", split=split)
+    return diffusion.verify_features([plan], settings=settings or {}, **common)[0][0]
 
-    plan = kv_only(plan, "verify")
-    loaded = load(model or plan.model.id, device=device, dtype=dtype)
-    check_model(plan, loaded.spec)
-    texts = prompts_for(loaded, prompts, "heldout", split, limit)
-    if digest(texts) == plan.provenance.prompts:
-        raise InputError(
-            "These are the prompts the plan was calibrated on: verify on others, or the damage "
-            "looks smaller than it is."
-        )
-    return measure_damage(loaded.model, plan, texts, progress=progress)
+
+def compare(
+    plans: Sequence[FeaturePlan],
+    *,
+    model: str | None = None,
+    prompts: Path | None = None,
+    settings: Mapping[str, Any] | None = None,
+    limit: int | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+    progress: Progress | None = None,
+) -> tuple[list[PictureVerification], list[Row]]:
+    """Measure several plans of one diffusion pipeline on the same prompts.
+
+    Returns a measurement per plan, and per prompt the pictures of the full run and of the plans.
+    """
+    if not plans:
+        raise InputError("No plans were given: name files that `cacheplan solve` wrote.")
+    return diffusion.verify_features(
+        plans,
+        model=model,
+        prompts=prompts,
+        settings=settings or {},
+        limit=limit,
+        device=device,
+        dtype=dtype,
+        progress=progress,
+    )
 
 
-def _probes() -> tuple[tuple[int, int], ...]:
-    """The ablations that calibrate sensitivity: one aggressive option of each kind of scorer."""
-    from cacheplan.recipes import CANDIDATES, RECIPES
-
-    keep = KEEPS.index(PROBE_KEEP)
-    menu = RECIPES["planned"].candidates
-    found = []
-    for name in PROBE_SCORERS:
-        last = [c for c in menu if c.scorer.name == name][-1]
-        found.append((CANDIDATES.index(last), keep))
-    return tuple(found)
+def _only(family: str, **options: object) -> None:
+    """InputError for options of one family of models that were given for another."""
+    for name, value in options.items():
+        if value is not None:
+            option = "call" if name == "settings" else name.replace("_", "-")
+            raise InputError(f"--{option} is for {family} models, which this is not: leave it out.")

@@ -13,10 +13,10 @@ from typing import Any
 _PACKAGES = ("cacheplan", "numpy", "scipy", "torch", "transformers")
 
 
-def installed_versions() -> tuple[tuple[str, str], ...]:
-    """Python and the packages that decide results, sorted."""
+def installed_versions(*others: str) -> tuple[tuple[str, str], ...]:
+    """Python and the packages that decide results, and of `others` those installed, sorted."""
     found = [("python", platform.python_version())]
-    for package in _PACKAGES:
+    for package in (*_PACKAGES, *others):
         try:
             found.append((package, version(package)))
         except PackageNotFoundError:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cacheplan.errors import InputError
+from cacheplan.types import Provenance
 
 if TYPE_CHECKING:
     from cacheplan.adapters.language import LanguageModel
@@ -33,3 +34,12 @@ def prompts_for(
     return load_prompts(
         path, loaded.tokenizer, split=split, limit=limit, longest=loaded.spec.max_length
     )
+
+
+def refuse_calibration(digest: str, origin: Provenance) -> None:
+    """InputError if the prompts are those that the plan was made from."""
+    if digest == origin.prompts:
+        raise InputError(
+            "These are the prompts the plan was calibrated on: verify on others, or the damage "
+            "looks smaller than it is."
+        )

@@ -55,7 +55,7 @@ def needed(action: FeatureAction) -> int:
 def feature_size(spec: DiffusionSpec, site: FeatureSite) -> int:
     """Numbers one cached feature of `site` holds, for one prompt."""
     if site.part == "model":
-        return math.prod(spec.latent) * len(spec.branches)
+        return math.prod(spec.latent) * spec.copies * len(spec.branches)
     if site.part in ("hidden", "branch"):  # what its last block hands on
         return spec.blocks[site.last - 1].size
     if site.part == "delta":

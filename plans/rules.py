@@ -16,7 +16,7 @@ POSITIVE = "a number of at least 0"
 # what the runtime for features knows
 RANGES = ("delta", "hidden", "model", "branch")  # features of several blocks
 PARTS = (
-    *("attention", "cross_attention", "mlp", "mlp_context"),
+    *("attention", "attention_2", "cross_attention", "mlp", "mlp_context"),
     *RANGES,
 )
 BASES = ("hold", "taylor", "newton", "hermite", "fitted")

@@ -39,6 +39,7 @@ def check_diffusion(model: DiffusionSpec) -> None:
         need(spent <= model.cost, "model.cost", model.cost, f"at least the blocks' sum {spent}")
     sizes = bool(model.latent) and min(model.latent) >= 1
     need(sizes, "model.latent", model.latent, "sizes of at least 1")
+    need(model.copies >= 1, "model.copies", model.copies, COUNT)
 
 
 def check_site(site: FeatureSite, model: DiffusionSpec, path: str) -> None:

@@ -13,6 +13,7 @@ from cacheplan.adapters.attention import AttendingCache, attending
 from cacheplan.profilers.divergence import kl_divergence
 from cacheplan.profilers.observer import Ablation, LayerRecord, Menu, Observer, hidden_tokens
 from cacheplan.profilers.prompts import Prompt
+from cacheplan.profilers.settings import KVSettings
 from cacheplan.profilers.store import ProfileState
 
 Progress = Callable[[int, int, str], None]
@@ -34,6 +35,7 @@ def collect(
     """
     todo = [i for i in state.responsible if i not in state.done]
     settings, total = state.settings, len(state.responsible)
+    assert isinstance(settings, KVSettings)
     menu = Menu(settings.candidates, settings.keeps)
     with attending(model), torch.no_grad():
         for index in todo:
@@ -50,7 +52,7 @@ def collect(
 def measure(
     model: Any, prompt: Prompt, menu: Menu, probes: Sequence[tuple[int, int]]
 ) -> dict[str, NDArray[np.float64]]:
-    """Measure one prompt; the keys are the statistics of `cacheplan.types.Profile`."""
+    """Measure one prompt; the keys are the statistics of `cacheplan.types.KVProfile`."""
     C = len(prompt.context)
     ids = torch.tensor([prompt.context + prompt.continuation], device=model.device)
     records: list[LayerRecord] = []

@@ -23,35 +23,10 @@ from cacheplan.atomic import atomic_write
 from cacheplan.errors import InputError, PlanError, ProfileError
 from cacheplan.plans.codec import decode, encode
 from cacheplan.profilers.exact_sum import ExactSum
-from cacheplan.types import KVAction, KVProfile, LanguageSpec, Statistic
+from cacheplan.profilers.settings import AXES, FAMILIES, SIGNED, KVSettings, Settings
+from cacheplan.types import FeatureProfile, KVProfile, Profile, Statistic
 
 VERSION = 1
-AXES = {
-    "mass_curve": ("layer", "point"),
-    "damage": ("layer", "kv_head", "candidate", "keep"),
-    "ablation_damage": ("layer", "kv_head", "probe"),
-    "ablation_kl": ("layer", "kv_head", "probe"),
-    "context_length": (),
-    "continuation_length": (),
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """Everything that decides a profile's bytes; two runs with equal settings can be merged.
-
-    `probes` are the (candidate, keep) indices of the ablations, on the first `ablate` prompts.
-    """
-
-    model: LanguageSpec
-    candidates: tuple[KVAction, ...]
-    keeps: tuple[float, ...]
-    probes: tuple[tuple[int, int], ...]
-    ablate: int
-    prompts: int
-    prompts_digest: str
-    seed: int
-    versions: tuple[tuple[str, str], ...]
 
 
 @dataclass(eq=False)
@@ -80,7 +55,8 @@ def dumps(state: ProfileState) -> bytes:
     """The file's bytes; the same for the same measurements."""
     header = {
         "version": VERSION,
-        "settings": encode(Settings, state.settings),
+        "family": state.settings.family,
+        "settings": encode(type(state.settings), state.settings),
         "done": sorted(state.done),
         "counts": {name: total.count for name, total in sorted(state.sums.items())},
     }
@@ -119,7 +95,7 @@ def _state(header: Any, tensors: dict[str, NDArray[Any]], path: Path) -> Profile
             "run `cacheplan profile` again."
         )
     try:
-        settings = decode(Settings, header["settings"], str(path))
+        settings: Settings = decode(FAMILIES[header["family"]], header["settings"], str(path))
         counts, done = header["counts"], header["done"]
         sums = {name: ExactSum(int(counts[name]), part) for name, part in tensors.items()}
     except (PlanError, KeyError, TypeError, ValueError) as error:
@@ -132,7 +108,7 @@ def _state(header: Any, tensors: dict[str, NDArray[Any]], path: Path) -> Profile
             raise ProfileError(
                 f'{path} holds the unexpected array "{name}": run `cacheplan profile` again.'
             )
-        if total.count < 1 or (total.parts[0] < 0).any():
+        if total.count < 1 or (name not in SIGNED and (total.parts[0] < 0).any()):
             raise ProfileError(
                 f'{path}: the statistic "{name}" is negative or empty, so the file was changed: '
                 "run `cacheplan profile` again."
@@ -151,6 +127,11 @@ def merge(states: Sequence[ProfileState], names: Sequence[str]) -> ProfileState:
     first = states[0]
     merged = ProfileState(first.settings, range(first.settings.prompts))
     for state, name in zip(states, names, strict=True):
+        if state.settings.family != first.settings.family:
+            raise InputError(
+                f"{name} is the profile of a {state.settings.family} model, {names[0]} that of a "
+                f"{first.settings.family} model: merge only shards of one profile."
+            )
         for key, value in asdict(state.settings).items():
             if value != asdict(first.settings)[key]:
                 raise InputError(
@@ -169,7 +150,7 @@ def merge(states: Sequence[ProfileState], names: Sequence[str]) -> ProfileState:
     return merged
 
 
-def finish(state: ProfileState, where: str) -> KVProfile:
+def finish(state: ProfileState, where: str) -> Profile:
     """The profile that solvers read; raises ProfileError while prompts are missing."""
     settings = state.settings
     if not state.complete:
@@ -182,15 +163,26 @@ def finish(state: ProfileState, where: str) -> KVProfile:
         name: Statistic(AXES[name], total.count, total.mean(), total.std())
         for name, total in sorted(state.sums.items())
     }
-    return KVProfile(
+    common: dict[str, Any] = {
+        "statistics": statistics,
+        "prompts": settings.prompts,
+        "prompts_digest": settings.prompts_digest,
+        "seed": settings.seed,
+        "digest": "sha256:" + hashlib.sha256(dumps(state)).hexdigest(),
+        "versions": settings.versions,
+    }
+    if isinstance(settings, KVSettings):
+        return KVProfile(
+            model=settings.model,
+            keeps=settings.keeps,
+            candidates=settings.candidates,
+            probes=settings.probes,
+            **common,
+        )
+    return FeatureProfile(
         model=settings.model,
-        statistics=statistics,
-        keeps=settings.keeps,
-        candidates=settings.candidates,
+        sites=settings.sites,
+        lags=settings.lags,
         probes=settings.probes,
-        prompts=settings.prompts,
-        prompts_digest=settings.prompts_digest,
-        seed=settings.seed,
-        digest="sha256:" + hashlib.sha256(dumps(state)).hexdigest(),
-        versions=settings.versions,
+        **common,
     )

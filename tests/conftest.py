@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from importlib.util import module_from_spec, spec_from_file_location
@@ -36,16 +37,27 @@ def _seeded() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture(scope="session")
-def tiny_pipelines() -> Any:
-    """The module `tests/adapters/tiny_pipelines.py`; tests cannot import each other's files."""
-    place = Path(__file__).parent / "adapters" / "tiny_pipelines.py"
-    spec = spec_from_file_location("tiny_pipelines", place)
+def _module(path: str) -> Any:
+    """A module beside the tests, which cannot import each other's files."""
+    place = Path(__file__).parent / path
+    spec = spec_from_file_location(place.stem, place)
     assert spec is not None
     assert spec.loader is not None
     module = module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="session")
+def tiny_pipelines() -> Any:
+    """The module `tests/adapters/tiny_pipelines.py`."""
+    return _module("adapters/tiny_pipelines.py")
+
+
+@pytest.fixture(scope="session")
+def synthetic_profiles() -> Any:
+    """The module `tests/schedules/synthetic_profiles.py`."""
+    return _module("schedules/synthetic_profiles.py")
 
 
 TinyPipeline = Callable[[str], tuple[Any, dict[str, Any]]]
@@ -56,6 +68,32 @@ def tiny_pipeline(tiny_pipelines: Any) -> TinyPipeline:
     """Build a random diffusion pipeline by name: `pipe, call = tiny_pipeline("pixart")`."""
     build: TinyPipeline = tiny_pipelines.build
     return build
+
+
+@pytest.fixture(scope="session")
+def tiny_shapes(tiny_pipelines: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a random three-block pipeline with prompts in words and pictures of 64 pixels.
+
+    Its `settings.json`, `calibration.txt` and `heldout.jsonl` lie beside the folder.
+    """
+    from cacheplan.zoo.shapes import train
+
+    folder = tmp_path_factory.mktemp("tiny") / "pipeline"
+    sizes = {"WIDTH": 32, "HEADS": 2, "BLOCKS": 3}
+    with pytest.MonkeyPatch.context() as patch, torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        for name, value in sizes.items():
+            patch.setattr(train, name, value)
+        denoiser = tiny_pipelines.random_weights(train.transformer())
+        pipe = train.pipeline(train.autoencoder().eval(), denoiser, train.text_encoder().eval())
+        pipe.save_pretrained(folder)
+    settings = {"num_inference_steps": 8, "guidance_scale": 2.0, "max_sequence_length": 12}
+    settings |= {"use_resolution_binning": False, "clean_caption": False}
+    (folder.parent / "settings.json").write_text(json.dumps(settings))
+    (folder.parent / "calibration.txt").write_text("one red star\ntwo rings on grey\n")
+    lines = [{"prompt": "three crosses", "seed": 5}, {"prompt": "a blue square on black"}]
+    (folder.parent / "heldout.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return folder
 
 
 @pytest.fixture(scope="session")

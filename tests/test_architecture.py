@@ -17,8 +17,11 @@ FILES = [path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.
 GROUND = {"types", "errors", "atomic", "environment"}
 PLANS = GROUND | {"plans", "solvers"}
 MODELS = GROUND | {"plans", "kernels", "scorers", "adapters"}
-ALL = PLANS | MODELS | {"profilers", "runtime", "recipes", "formulate", "budget"}
-API = ALL | {"inputs", "generation", "verification", "zoo", "api"}
+TABLES = {"recipes", "budget", "formulate", "formulate_features"}
+ALL = PLANS | MODELS | TABLES | {"profilers", "runtime"}
+INPUTS = {"inputs", "picture_inputs", "pictures"}
+WORK = {"generation", "drawing", "verification", "picture_verification", "measuring", "zoo"}
+API = ALL | INPUTS | WORK | {"language", "diffusion", "api"}
 MAY_IMPORT = {
     "types": set(),
     "errors": set(),
@@ -34,13 +37,25 @@ MAY_IMPORT = {
     "recipes": PLANS,
     "budget": PLANS,
     "formulate": PLANS,
+    "schedules": PLANS | {"recipes"},
+    "formulate_features": PLANS | {"schedules"},
+    "pictures": set(),
+    "picture_grid": GROUND,
     "inputs": ALL | {"zoo"},
-    "generation": ALL | {"inputs"},
+    "picture_inputs": ALL | {"zoo"},
+    "measuring": ALL,
+    "generation": ALL | INPUTS,
+    "drawing": ALL | INPUTS,
     "verification": ALL,
+    "picture_verification": ALL | INPUTS,
+    "language": ALL | INPUTS | WORK,
+    "diffusion": ALL | INPUTS | WORK,
     "zoo": ALL,
     "api": API,
     "": API,  # the package itself: names that are loaded on first use
-    "cli": GROUND | {"plans", "recipes", "verification", "api"},
+    "cli": GROUND
+    | {"plans", "recipes", "budget", "api"}
+    | {"picture_inputs", "picture_grid", "verification", "picture_verification"},
 }
 
 
@@ -84,7 +99,8 @@ def test_imports_go_down_only(path: Path) -> None:
     [
         ("cacheplan.plans.io", {"torch", "scipy", "typer", "rich", "transformers"}),
         ("cacheplan.runtime", {"scipy", "typer", "rich", "transformers"}),
-        ("cacheplan.cli", {"torch", "scipy", "transformers", "safetensors"}),
+        ("cacheplan.runtime.features.apply", {"scipy", "typer", "rich", "diffusers"}),
+        ("cacheplan.cli", {"torch", "scipy", "transformers", "diffusers", "safetensors", "PIL"}),
     ],
 )
 def test_a_module_loads_nothing_heavy(module: str, heavy: set[str]) -> None:

@@ -27,6 +27,23 @@ def test_readme_shows_the_measured_numbers() -> None:
     assert markdown.headline(result) in " ".join(readme.split())
 
 
+def test_readme_shows_the_measured_numbers_of_features() -> None:
+    markdown = load(ROOT / "benchmarks" / "markdown.py")
+    result = json.loads((ROOT / "benchmarks" / "results" / "features.json").read_text())
+    readme = (ROOT / "README.md").read_text()
+    assert markdown.feature_table(result) in readme
+    assert markdown.feature_headline(result) in " ".join(readme.split())
+
+
+def test_feature_plans_count_the_flops_they_plan() -> None:
+    result = json.loads((ROOT / "benchmarks" / "results" / "features.json").read_text())
+    gated = {"fbcache", "dbcache", "easycache"}  # they promise nothing
+    for row in result["rows"]:
+        if "planned_compute" in row and row["recipe"] not in gated:
+            assert abs(row["compute"] - row["planned_compute"]) < 1e-9, row
+            assert row["compute"] <= row["budget"] + 1e-9, row
+
+
 def test_every_stored_row_holds_its_promises() -> None:
     result = json.loads((ROOT / "benchmarks" / "results" / "recipes.json").read_text())
     for row in result["rows"]:

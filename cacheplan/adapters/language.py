@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,10 +11,10 @@ from typing import Any
 
 import torch
 
+from cacheplan.adapters.digest import digest
 from cacheplan.errors import InputError, UnsupportedError
-from cacheplan.types import FULL_ATTENTION, ModelSpec
+from cacheplan.types import FULL_ATTENTION, LanguageSpec
 
-_SAMPLED = 64  # weights per tensor that enter the digest
 _VOLATILE = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache"}
 
 
@@ -23,7 +22,7 @@ _VOLATILE = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "u
 class LanguageModel:
     model: Any
     tokenizer: Any
-    spec: ModelSpec
+    spec: LanguageSpec
 
 
 def load(name: str | None, *, device: str | None = None, dtype: str | None = None) -> LanguageModel:
@@ -73,15 +72,14 @@ def _without_progress_bars() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def describe(model: Any, name: str | None = None) -> ModelSpec:
+def describe(model: Any, name: str | None = None) -> LanguageSpec:
     """Describe a loaded model, taking cache widths from the tensors it really stores."""
     config = model.config.get_text_config(decoder=True)
     kinds = _layer_kinds(model, config)
     key, value = _stored_widths(model)
-    return ModelSpec(
+    return LanguageSpec(
         id=name or model.config._name_or_path or type(model).__name__,
         architecture=type(model).__name__,
-        family="language",
         layer_kinds=kinds,
         query_heads=config.num_attention_heads,
         kv_heads=key[1],
@@ -137,18 +135,6 @@ def _stored_widths(model: Any) -> tuple[torch.Size, torch.Size]:
 
 
 def _digest(model: Any) -> str:
-    """sha256 over the configuration and evenly spaced weights of every tensor.
-
-    Weights enter rounded to bfloat16, so that a float32 and a bfloat16 load of one checkpoint
-    count as the same model.
-    """
     config = {k: v for k, v in model.config.to_dict().items() if k not in _VOLATILE}
     config = {k: v for k, v in config.items() if not k.startswith("_attn_implementation")}
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        flat = tensor.detach().flatten()
-        step = max(1, flat.numel() // _SAMPLED)
-        sample = flat[::step][:_SAMPLED].to("cpu", torch.bfloat16).view(torch.int16)
-        digest.update(f"{name}{tuple(tensor.shape)}".encode())
-        digest.update(sample.numpy().tobytes())
-    return f"sha256:{digest.hexdigest()}"
+    return digest([(config, model.state_dict())])

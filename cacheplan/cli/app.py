@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from cacheplan import __version__
+from cacheplan.cli.compare import compare
 from cacheplan.cli.demo import demo
 from cacheplan.cli.diff import diff
 from cacheplan.cli.edge import Edge
@@ -46,8 +47,9 @@ def options(
 ) -> None:
     """Profile a model's caches, solve for the best plan under a budget, run it.
 
-    Without arguments every command uses the small embedded model and the files of the step
-    before, so this works in an empty directory:
+    Caches are the KV cache of a language model and the features of a diffusion model.  Without
+    arguments every command uses a small embedded model and the files of the step before, so this
+    works in an empty directory (with `profile --family diffusion` for pictures):
 
     \b
       cacheplan profile
@@ -58,5 +60,5 @@ def options(
     """
 
 
-for command in (profile, merge, solve, run, verify, show, diff, recipes, demo):
+for command in (profile, merge, solve, run, verify, compare, show, diff, recipes, demo):
     app.command()(command)

@@ -12,7 +12,7 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.style import Style
 from rich.text import Text
 
-from cacheplan.cli.facts import scorer_words, statistic
+from cacheplan.cli.kv_facts import scorer_words, statistic
 from cacheplan.types import KVAction, KVPlan, KVProfile, Scorer
 
 CELL = 5  # columns: three digits, a letter, a space
@@ -43,7 +43,7 @@ class Heatmap:
                 line = Text().append(f"{layer:>5} ", style="dim")
                 for head in shown:
                     line.append_text(
-                        _cell(float(self.shares[layer, head]), self.letters[layer][head])
+                        cell(float(self.shares[layer, head]), self.letters[layer][head])
                     )
                 yield line
 
@@ -52,10 +52,10 @@ def _letter(scorer: Scorer) -> str:
     return LETTERS.get(scorer.name, scorer.name[0])
 
 
-def _cell(share: float, letter: str) -> Text:
+def cell(share: float, letter: str) -> Text:
     if np.isnan(share):
         return Text("  .  ", style="dim")
-    rgb = _colour(share)
+    rgb = colour(share)
     dark = 0.3 * rgb[0] + 0.6 * rgb[1] + 0.1 * rgb[2] < 128  # perceived brightness
     ink = (255, 255, 255) if dark else (0, 0, 0)
     number = " <1" if 0 < share < 0.005 else f"{100 * share:>3.0f}"  # kept, but rounds to nothing
@@ -63,7 +63,7 @@ def _cell(share: float, letter: str) -> Text:
     return Text(f"{number}{letter} ", style=style)
 
 
-def _colour(share: float) -> tuple[int, int, int]:
+def colour(share: float) -> tuple[int, int, int]:
     at = np.clip(share, 0, 1) * (len(_VIRIDIS) - 1)
     red, green, blue = (
         round(float(np.interp(at, range(len(_VIRIDIS)), channel)))

@@ -25,11 +25,15 @@ Prompts = Annotated[
         "--prompts",
         "-p",
         metavar="FILE",
-        help="Texts: .txt separated by blank lines, or .jsonl; the embedded model brings its own.",
+        help="Texts: .txt separated by blank lines, or .jsonl.  For pictures: one prompt per line, "
+        "or .jsonl of the pipeline's arguments.  Embedded models bring their own.",
     ),
 ]
 Split = Annotated[
-    float, typer.Option(metavar="SHARE", help="Share of a plain text's tokens that is context.")
+    float | None,
+    typer.Option(
+        metavar="SHARE", help="Share of a plain text's tokens that is context; 0.8 if not given."
+    ),
 ]
 Limit = Annotated[
     int | None, typer.Option(metavar="N", help="Use only the first N prompts; all if not given.")
@@ -37,4 +41,11 @@ Limit = Annotated[
 Model = Annotated[
     str | None,
     typer.Option("--model", "-m", metavar="MODEL", help="Where the plan's model is, if moved."),
+]
+Call = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE|JSON",
+        help="Settings of the diffusion pipeline's call, such as '{\"height\": 512}'.",
+    ),
 ]

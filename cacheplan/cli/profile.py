@@ -1,18 +1,20 @@
-"""`cacheplan profile`: measure what each head of a model needs."""
+"""`cacheplan profile`: measure what a model needs from its caches."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from cacheplan import api
 from cacheplan.cli.facts import profile_facts, profile_words
-from cacheplan.cli.options import PROFILE, Device, Dtype, Json, Limit, Prompts, Split
+from cacheplan.cli.options import PROFILE, Call, Device, Dtype, Json, Limit, Prompts, Split
 from cacheplan.cli.output import emit, suggest
 from cacheplan.cli.progress import progress
-from cacheplan.types import KVProfile
+from cacheplan.errors import InputError
+from cacheplan.picture_inputs import STEPS, read_settings
+from cacheplan.types import KVProfile, LanguageSpec, Profile
 
 
 def _shard(text: str) -> tuple[int, int]:
@@ -29,15 +31,43 @@ def profile(
             metavar="MODEL", help="Hugging Face id or folder; the embedded model if not given."
         ),
     ] = None,
+    family: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help='"language" or "diffusion"; folders tell by themselves, hub ids are language.',
+        ),
+    ] = None,
     prompts: Prompts = None,
     out: Annotated[
         Path, typer.Option("--out", "-o", metavar="FILE", help="The profile to write.")
     ] = PROFILE,
     limit: Limit = None,
-    split: Split = 0.8,
+    split: Split = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, help="Sampling steps; the pipeline's own if not given."),
+    ] = None,
+    guidance: Annotated[
+        float | None,
+        typer.Option(metavar="G", help="Guidance scale; the pipeline's own if not given."),
+    ] = None,
+    call: Call = None,
     ablate: Annotated[
-        int, typer.Option(metavar="N", help="Prompts on which each head is cut alone.")
-    ] = 8,
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Prompts on which each head is cut alone (8), or each step is skipped alone (2).",
+        ),
+    ] = None,
+    lags: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="How many steps back features are compared (16)."),
+    ] = None,
+    tokens: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Tokens of a picture that are compared (512)."),
+    ] = None,
     seed: Annotated[int, typer.Option(metavar="N")] = 0,
     shard: Annotated[
         str,
@@ -47,25 +77,34 @@ def profile(
     dtype: Dtype = None,
     as_json: Json = False,
 ) -> None:
-    """Measure what each head of a model needs from its cache.
+    """Measure what a model needs from its caches.
 
-    Finished prompts are kept when the command is interrupted; the same command goes on.
+    Of a language model: what each head needs from the KV cache.  Of a diffusion model: how far
+    each feature is from those of earlier steps, and which steps matter.  Finished prompts are
+    kept when the command is interrupted; the same command goes on.
 
     \b
     Examples:
       cacheplan profile
+      cacheplan profile --family diffusion
       cacheplan profile Qwen/Qwen2.5-0.5B --prompts texts.txt --limit 32
+      cacheplan profile ./PixArt-XL-2-512x512 --prompts pictures.txt --steps 20 --guidance 4.5
       cacheplan profile --shard 0/2 --out part0.safetensors
     """
     part, parts = _shard(shard)
+    settings = _settings(api.family_of(model, family), steps, guidance, call)
     with progress(str(out)) as report:
         found = api.profile(
             model,
+            family=family,
             prompts=prompts,
             out=out,
             split=split,
+            settings=settings,
             limit=limit,
             ablate=ablate,
+            lags=lags,
+            tokens=tokens,
             seed=seed,
             shard=(part, parts),
             device=device,
@@ -82,10 +121,30 @@ def profile(
     suggest("cacheplan merge PART..., once all shards are there")
 
 
-def tell(found: KVProfile, out: Path, *, as_json: bool) -> None:
+def _settings(
+    family: str, steps: int | None, guidance: float | None, call: str | None
+) -> dict[str, Any]:
+    """What the options say about the call of a diffusion pipeline."""
+    given = {"steps": steps, "guidance": guidance, "call": call}
+    for name, value in given.items():
+        if value is not None and family == LanguageSpec.family:
+            raise InputError(
+                f"--{name} is for diffusion models, but this is a language model: leave it out, or "
+                "say --family diffusion."
+            )
+    settings = read_settings(call)
+    if steps is not None:
+        settings[STEPS] = steps
+    if guidance is not None:
+        settings["guidance_scale"] = guidance
+    return settings
+
+
+def tell(found: Profile, out: Path, *, as_json: bool) -> None:
     """Report a profile that was written to `out`."""
     if as_json:
         emit({"file": str(out), **profile_facts(found)})
     else:
         print(f"{out}: {profile_words(found)}")
-    suggest(f"cacheplan solve{'' if out == PROFILE else f' {out}'} --budget 0.2")
+    budget = "0.2" if isinstance(found, KVProfile) else "0.4"
+    suggest(f"cacheplan solve{'' if out == PROFILE else f' {out}'} --budget {budget}")

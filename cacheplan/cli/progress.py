@@ -13,18 +13,18 @@ EVERY = 5.0  # seconds between plain lines
 
 
 @contextmanager
-def progress(title: str) -> Iterator[Callable[[int, int, str], None]]:
-    """Yield the function that takes (prompts done, prompts in all, what is being done)."""
-    with _bar(title) if sys.stderr.isatty() else _lines(title) as report:
+def progress(title: str, unit: str = "prompts") -> Iterator[Callable[[int, int, str], None]]:
+    """Yield the function that takes (units done, units in all, what is being done)."""
+    pace = Pace(unit)
+    with _bar(title, pace) if sys.stderr.isatty() else _lines(title, pace) as report:
         yield report
 
 
 @contextmanager
-def _bar(title: str) -> Iterator[Callable[[int, int, str], None]]:
+def _bar(title: str, pace: Pace) -> Iterator[Callable[[int, int, str], None]]:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-    pace = Pace()
     columns = (
         TextColumn("{task.description}"),
         BarColumn(bar_width=24),
@@ -42,8 +42,7 @@ def _bar(title: str) -> Iterator[Callable[[int, int, str], None]]:
 
 
 @contextmanager
-def _lines(title: str) -> Iterator[Callable[[int, int, str], None]]:
-    pace = Pace()
+def _lines(title: str, pace: Pace) -> Iterator[Callable[[int, int, str], None]]:
     last = -EVERY
     say(f"{title}: loading the model")
 
@@ -60,13 +59,14 @@ def _lines(title: str) -> Iterator[Callable[[int, int, str], None]]:
 class Pace:
     """Rate and remaining time since the first report, which may follow an interrupted run."""
 
-    def __init__(self) -> None:
+    def __init__(self, unit: str = "prompts") -> None:
+        self.unit = unit
         self.start: tuple[float, int] | None = None
 
     def text(self, done: int, total: int) -> str:
         now = time.monotonic()
         began, first = self.start = self.start or (now, done)
-        text = f"{done}/{total} prompts"
+        text = f"{done}/{total} {self.unit}"
         if done > first and now > began:
             rate = (done - first) / (now - began)
             minutes, seconds = divmod(round((total - done) / rate), 60)

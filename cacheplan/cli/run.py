@@ -1,21 +1,29 @@
-"""`cacheplan run`: generate text under a plan."""
+"""`cacheplan run`: generate text or draw a picture under a plan."""
 
 from __future__ import annotations
 
 import dataclasses
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from cacheplan import api
-from cacheplan.cli.facts import percent, size
-from cacheplan.cli.options import PLAN, Device, Dtype, Json, Model
+from cacheplan.budget import parse_bytes
+from cacheplan.cli.feature_facts import drawing_words
+from cacheplan.cli.kv_facts import generation_words, tail
+from cacheplan.cli.options import PLAN, Call, Device, Dtype, Json, Model
 from cacheplan.cli.output import emit, say, suggest
+from cacheplan.cli.progress import progress
 from cacheplan.errors import InputError
+from cacheplan.picture_grid import check_picture_file, write_picture
+from cacheplan.picture_inputs import read_object, read_settings
+from cacheplan.types import FeaturePlan, Plan
 
-TAIL = 40  # characters of a prompt that are shown
+PICTURE = Path("out.png")
+NEW_TOKENS, TEMPERATURE = 64, 0.0
 
 
 def run(
@@ -23,51 +31,117 @@ def run(
         Path, typer.Option(metavar="FILE", help="The file of `cacheplan solve`.")
     ] = PLAN,
     prompt: Annotated[
-        str | None, typer.Option("--prompt", "-p", metavar="TEXT", help="The text to continue.")
+        str | None,
+        typer.Option("--prompt", "-p", metavar="TEXT", help="The text to continue or to draw."),
     ] = None,
     prompt_file: Annotated[
         Path | None, typer.Option(metavar="FILE", help='The same from a file; "-" is stdin.')
     ] = None,
     model: Model = None,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", metavar="N", min=1)] = 64,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option("--max-new-tokens", "-n", metavar="N", min=1, help="Of text; 64."),
+    ] = None,
     temperature: Annotated[
-        float, typer.Option(metavar="T", min=0.0, help="0 takes the likeliest token.")
-    ] = 0.0,
-    seed: Annotated[int, typer.Option(metavar="N")] = 0,
+        float | None,
+        typer.Option(metavar="T", min=0.0, help="Of text; 0 takes the likeliest token."),
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(metavar="N", min=0, help="Of the sampling or the noise; 0.")
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", metavar="FILE", help="The picture to write; out.png."),
+    ] = None,
+    arguments: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE|JSON",
+            help="What a diffusion pipeline draws, such as '{\"class_labels\": [3]}'.",
+        ),
+    ] = None,
+    call: Call = None,
+    cache_memory: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help='The most that kept features may take: "64MiB".'),
+    ] = None,
     device: Device = None,
     dtype: Dtype = None,
     as_json: Json = False,
 ) -> None:
-    """Generate text with the cache held to a plan.
+    """Generate text, or draw a picture, under a plan.
+
+    Without a prompt the embedded model gets its first held-out one.  Text goes to stdout, a
+    picture into a file.
 
     \b
     Examples:
       cacheplan run --plan plan.json
       cacheplan run --plan plan.json --prompt-file long.txt --max-new-tokens 256
+      cacheplan run --plan pictures.json --prompt "two striped green squares on grey" -o a.png
     """
     if prompt_file is not None:
         if prompt is not None:
             raise InputError("Both --prompt and --prompt-file are given: choose one.")
         prompt = _read(prompt_file)
-    found = api.generate(
-        api.load_plan(plan),
-        prompt=prompt,
-        model=model,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        seed=seed,
-        device=device,
-        dtype=dtype,
-        on_text=None if as_json else _stream,
-    )
-    if as_json:
-        emit(dataclasses.asdict(found))
+    followed = api.load_plan(plan)
+    pictures = {"out": out, "arguments": arguments, "call": call, "cache-memory": cache_memory}
+    texts = {"max-new-tokens": max_new_tokens, "temperature": temperature}
+    if isinstance(followed, FeaturePlan):
+        _refuse(texts, followed)
+        path = out or PICTURE
+        check_picture_file(path)
+        with progress(str(path), "steps") as report:
+            drawn = api.draw(
+                followed,
+                prompt=prompt,
+                arguments=None if arguments is None else read_object(arguments, "--arguments"),
+                model=model,
+                settings=read_settings(call),
+                seed=seed,
+                cache_memory=None if cache_memory is None else parse_bytes(cache_memory),
+                device=device,
+                dtype=dtype,
+                progress=report,
+            )
+        write_picture(drawn.picture, path)
+        if as_json:
+            facts = vars(drawn) | {"picture": str(path)}
+            emit(facts)
+        else:
+            print(path)
+        say(drawing_words(drawn))
     else:
-        print()  # ends the streamed line
-        if prompt is None:
-            say(f"The prompt ended: {tail(found.prompt)}")
-    say(generation_words(found))
+        _refuse(pictures, followed)
+        found = api.generate(
+            followed,
+            prompt=prompt,
+            model=model,
+            max_new_tokens=NEW_TOKENS if max_new_tokens is None else max_new_tokens,
+            temperature=TEMPERATURE if temperature is None else temperature,
+            seed=seed or 0,
+            device=device,
+            dtype=dtype,
+            on_text=None if as_json else _stream,
+        )
+        if as_json:
+            emit(dataclasses.asdict(found))
+        else:
+            print()  # ends the streamed line
+            if prompt is None:
+                say(f"The prompt ended: {tail(found.prompt)}")
+        say(generation_words(found))
     suggest(f"cacheplan verify {plan}")
+
+
+def _refuse(options: Mapping[str, object], plan: Plan) -> None:
+    """InputError for options that do not fit the plan's family."""
+    for name, value in options.items():
+        if value is not None:
+            raise InputError(
+                f"--{name} does not fit a plan for the {plan.family} model {plan.model.id}: leave "
+                "it out."
+            )
 
 
 def _stream(text: str) -> None:
@@ -81,22 +155,3 @@ def _read(path: Path) -> str:
         raise InputError(f"{path} cannot be read ({error.strerror}): check the path.") from error
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 text (byte {error.start}).") from error
-
-
-def tail(text: str) -> str:
-    """The last words of a text."""
-    if len(text) <= TAIL:
-        return text
-    return "... " + text[-TAIL:].partition(" ")[2]
-
-
-def generation_words(found: api.Generation) -> str:
-    """Speed, bytes and attention path in one line; the first token belongs to the prompt's time."""
-    words = f"{found.prompt_tokens} + {found.new_tokens} tokens"
-    if found.new_tokens > 1 and found.decode_seconds > 0:
-        words += f", {(found.new_tokens - 1) / found.decode_seconds:.1f} tokens/s"
-    return (
-        f"{words}; cache {size(found.planned_bytes)} planned, {size(found.measured_bytes)} "
-        f"measured, {percent(found.measured_bytes / found.full_bytes)} of full; "
-        f"attention: {found.path}"
-    )

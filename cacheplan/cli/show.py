@@ -1,4 +1,4 @@
-"""`cacheplan show`: a plan or a profile as a heat map."""
+"""`cacheplan show`: a plan or a profile as a map."""
 
 from __future__ import annotations
 
@@ -8,21 +8,20 @@ from typing import Annotated
 import typer
 
 from cacheplan import api
-from cacheplan.cli.facts import (
-    action_words,
-    model_words,
-    number,
-    plan_words,
-    profile_facts,
-    profile_words,
-)
+from cacheplan.cli.facts import model_words, plan_words, profile_facts, profile_words
+from cacheplan.cli.feature_map import feature_map, sensitivity_lines
+from cacheplan.cli.feature_map import legend as feature_legend
+from cacheplan.cli.feature_tables import lag_table
 from cacheplan.cli.heatmap import legend, plan_heatmap, sensitivity_heatmap
+from cacheplan.cli.kv_facts import action_words
+from cacheplan.cli.numbers import number
 from cacheplan.cli.options import PLAN, PROFILE, Json
-from cacheplan.cli.output import draw, emit, suggest
+from cacheplan.cli.output import draw, emit, say, suggest
+from cacheplan.cli.plot import plot_plan
 from cacheplan.cli.tables import damage_table
-from cacheplan.plans.check import kv_only
+from cacheplan.errors import InputError
 from cacheplan.plans.codec import encode
-from cacheplan.types import KVPlan, KVProfile, Plan
+from cacheplan.types import FeaturePlan, FeatureProfile, KVPlan, KVProfile, Plan
 
 
 def show(
@@ -30,35 +29,53 @@ def show(
         Path | None,
         typer.Argument(metavar="FILE", help="A plan or a profile; plan.json if not given."),
     ] = None,
+    png: Annotated[
+        Path | None,
+        typer.Option("--png", metavar="FILE", help="Also draw a plan's map into a picture."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Show a plan or a profile as a map of layers x heads.
+    """Show a plan or a profile as a map: of layers x heads, or of blocks x steps.
 
     \b
     Examples:
       cacheplan show plan.json
+      cacheplan show plan.json --png plan.png
       cacheplan show profile.safetensors
     """
     if path is None:
         path = PROFILE if PROFILE.exists() and not PLAN.exists() else PLAN
     if _holds_profile(path):
+        if png is not None:
+            raise InputError(f"--png draws plans, but {path} is a profile: leave it out.")
         profile = api.load_profile(path)
         if as_json:
             emit({"file": str(path), **profile_facts(profile)})
+        elif isinstance(profile, KVProfile):
+            _show_kv_profile(path, profile)
         else:
-            _show_profile(path, profile)
-        suggest(f"cacheplan solve {path} --budget 0.2")
+            _show_feature_profile(path, profile)
+        suggest(f"cacheplan solve {path} --budget {0.2 if isinstance(profile, KVProfile) else 0.4}")
+        return
+    plan = api.load_plan(path)
+    if png is not None:
+        plot_plan(plan, png)
+        say(f"{png} shows the map.")
+    if as_json:
+        emit({"file": str(path), **encode(Plan, plan)})
     else:
-        plan = api.load_plan(path)
-        if as_json:
-            emit({"file": str(path), **encode(Plan, plan)})
-        else:
-            _show_plan(path, kv_only(plan, "show"))
-        suggest(
-            f"cacheplan verify {path} --write"
-            if plan.measured is None
-            else f"cacheplan run --plan {path}"
+        print(
+            "\n".join([f"{path}: {plan.recipe} for {model_words(plan.model)}", *plan_words(plan)])
         )
+        if isinstance(plan, KVPlan):
+            _show_kv_map(plan)
+        else:
+            _show_feature_map(plan)
+    suggest(
+        f"cacheplan verify {path} --write"
+        if plan.measured is None
+        else f"cacheplan run --plan {path}"
+    )
 
 
 def _holds_profile(path: Path) -> bool:
@@ -71,15 +88,21 @@ def _holds_profile(path: Path) -> bool:
     return path.suffix == PROFILE.suffix or (start[8:] == b"{" and start[:1] != b"{")
 
 
-def _show_plan(path: Path, plan: KVPlan) -> None:
-    print("\n".join([f"{path}: {plan.recipe} for {model_words(plan.model)}", *plan_words(plan)]))
+def _show_kv_map(plan: KVPlan) -> None:
     heatmap, scorers = plan_heatmap(plan)
     print("\nkept tokens of each head in percent, and who chooses them:")
     draw(heatmap)
     print("\n".join(legend(scorers)))
 
 
-def _show_profile(path: Path, profile: KVProfile) -> None:
+def _show_feature_map(plan: FeaturePlan) -> None:
+    found = feature_map(plan)
+    print("\nwhat is done in each block at each step:")
+    draw(found)
+    print("\n".join(feature_legend(found)))
+
+
+def _show_kv_profile(path: Path, profile: KVProfile) -> None:
     print(f"{path}: {profile_words(profile)}\n")
     draw(damage_table(profile, map(action_words, profile.candidates)))
     heatmap, most, keep = sensitivity_heatmap(profile)
@@ -87,3 +110,10 @@ def _show_profile(path: Path, profile: KVProfile) -> None:
     print(f"the scorer that does least damage to the head when {100 * keep:g} % are kept:")
     draw(heatmap)
     print("\n".join(legend(candidate.scorer for candidate in profile.candidates)))
+
+
+def _show_feature_profile(path: Path, profile: FeatureProfile) -> None:
+    print(f"{path}: {profile_words(profile)}\n")
+    draw(lag_table(profile))
+    print()
+    draw(*sensitivity_lines(profile))

@@ -25,14 +25,17 @@ def solve(
             "--budget",
             "-b",
             metavar="BUDGET",
-            help='What is kept: "0.2" or "20%" of the cache, "512tok" per head, "2GiB", "5x" '
-            'smaller, or "3.2bits".',
+            help='What is kept: "0.2" or "20%" of the cache or of the computation, or "5x" less; '
+            'of a KV cache also "512tok" per head, "2GiB" or "3.2bits".',
         ),
     ],
     recipe: Annotated[
         str, typer.Option("--recipe", "-r", metavar="NAME", help="See `cacheplan recipes`.")
     ] = "planned",
-    solver: Annotated[str, typer.Option(metavar="NAME", help="For the recipe planned.")] = "milp",
+    solver: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="For the language recipe planned; milp if not given."),
+    ] = None,
     length: Annotated[
         int | None,
         typer.Option(
@@ -55,9 +58,11 @@ def solve(
     Examples:
       cacheplan solve --budget 0.2
       cacheplan solve --budget 512tok --recipe snapkv --out snapkv.json
+      cacheplan solve pictures.safetensors --budget 2.5x --recipe taylorseer
     """
     command = ["cacheplan", "solve", str(profile), "--budget", budget, "--recipe", recipe]
-    command += ["--solver", solver]
+    if solver is not None:
+        command += ["--solver", solver]
     if length is not None:
         command += ["--length", str(length)]
     if decode_every is not None:

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from cacheplan.cli.facts import ABSENT, cells, number, percent, size, statistic
-from cacheplan.types import KVPlan, KVProfile, KVRecipe
+from cacheplan.cli import feature_facts
+from cacheplan.cli.kv_facts import cells, statistic
+from cacheplan.cli.numbers import ABSENT, number, percent, size
+from cacheplan.types import KVPlan, KVProfile, KVRecipe, Recipe
 
 if TYPE_CHECKING:
     from cacheplan.verification import Verification
@@ -17,7 +19,7 @@ if TYPE_CHECKING:
 SHOWN_KEEPS = (0.05, 0.1, 0.2, 0.5)
 
 
-def _table(first: str, *others: str) -> Table:
+def table_of(first: str, *others: str) -> Table:
     table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
     table.add_column(first)
     for name in others:
@@ -25,19 +27,21 @@ def _table(first: str, *others: str) -> Table:
     return table
 
 
-def recipes_table(recipes: Mapping[str, KVRecipe]) -> Table:
+def recipes_table(recipes: Iterable[Recipe]) -> Table:
     table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
     table.add_column("recipe", no_wrap=True)
+    table.add_column("family", no_wrap=True)
     table.add_column("cells", ratio=3)
     table.add_column("paper", ratio=2)
-    for name, recipe in recipes.items():
-        table.add_row(name, cells(recipe), recipe.paper)
+    for recipe in recipes:
+        words = cells(recipe) if isinstance(recipe, KVRecipe) else feature_facts.cells(recipe)
+        table.add_row(recipe.name, recipe.family, words, recipe.paper)
     return table
 
 
 def verification_table(plan: KVPlan, found: Verification) -> Table:
     """Predicted beside measured beside the full cache."""
-    table = _table("", "predicted", "measured", "full cache")
+    table = table_of("", "predicted", "measured", "full cache")
     damage, predicted = found.damage, plan.predicted
     table.add_row("KL", number(predicted.kl if predicted else None), number(damage.kl), "0")
     table.add_row("same top token", ABSENT, percent(damage.agreement), percent(1.0))
@@ -50,14 +54,19 @@ def verification_table(plan: KVPlan, found: Verification) -> Table:
 
 def comparison_table(found: Mapping[str, Verification]) -> Table:
     """One row per recipe, and first the full cache they are compared with."""
-    table = _table("", "KL", "recall", "cache", "of full")
+    table = table_of("", "KL", "same top token", "recall", "cache", "of full")
     first = next(iter(found.values()))
-    full = first.full_bytes
-    table.add_row("full cache", "0", percent(first.damage.full_recall), size(full), percent(1.0))
+    full, recall = first.full_bytes, percent(first.damage.full_recall)
+    table.add_row("full cache", "0", percent(1.0), recall, size(full), percent(1.0))
     for name, result in found.items():
         held, damage = result.measured_bytes, result.damage
         table.add_row(
-            name, number(damage.kl), percent(damage.recall), size(held), percent(held / full)
+            name,
+            number(damage.kl),
+            percent(damage.agreement),
+            percent(damage.recall),
+            size(held),
+            percent(held / full),
         )
     return table
 
@@ -65,7 +74,7 @@ def comparison_table(found: Mapping[str, Verification]) -> Table:
 def damage_table(profile: KVProfile, names: Iterable[str]) -> Table:
     """Mean damage over all heads for each candidate (`names`) at a few keep fractions."""
     columns = sorted({_closest(profile.keeps, keep) for keep in SHOWN_KEEPS})
-    table = _table("damage when keeping", *(f"{100 * profile.keeps[g]:g} %" for g in columns))
+    table = table_of("damage when keeping", *(f"{100 * profile.keeps[g]:g} %" for g in columns))
     means = statistic(profile, "damage").mean((0, 1))  # [A, G]
     for name, row in zip(names, means, strict=True):
         table.add_row(name, *(number(float(row[g])) for g in columns))

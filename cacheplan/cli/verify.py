@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from cacheplan import api
 from cacheplan.cli.facts import damage_facts
-from cacheplan.cli.options import PLAN, Device, Dtype, Json, Limit, Model, Prompts, Split
+from cacheplan.cli.feature_tables import picture_facts, picture_table
+from cacheplan.cli.options import PLAN, Call, Device, Dtype, Json, Limit, Model, Prompts, Split
 from cacheplan.cli.output import draw, emit, say, suggest
 from cacheplan.cli.progress import progress
 from cacheplan.cli.tables import verification_table
-from cacheplan.plans.check import kv_only
+from cacheplan.errors import InputError
+from cacheplan.picture_inputs import read_settings
+from cacheplan.types import KVPlan
 
 
 def verify(
@@ -23,7 +26,8 @@ def verify(
     ] = PLAN,
     prompts: Prompts = None,
     limit: Limit = None,
-    split: Split = 0.8,
+    split: Split = None,
+    call: Call = None,
     write: Annotated[
         bool, typer.Option("--write", "-w", help="Store the measurement in the plan file.")
     ] = False,
@@ -34,39 +38,48 @@ def verify(
 ) -> None:
     """Measure a plan beside what was predicted for it.
 
-    The prompts must not be those it was made from; the embedded model brings its own.
+    The prompts must not be those it was made from; the embedded models bring their own.  Plans
+    for diffusion models are compared with the full run from the same noise.
 
     \b
     Examples:
       cacheplan verify
       cacheplan verify plan.json --prompts heldout.txt --write
     """
-    plan = kv_only(api.load_plan(path), "verify")
-    with progress(str(path)) as report:
-        found = api.verify(
-            plan,
-            model=model,
-            prompts=prompts,
-            split=split,
-            limit=limit,
-            device=device,
-            dtype=dtype,
-            progress=report,
-        )
+    plan = api.load_plan(path)
+    common: dict[str, Any] = {
+        "model": model,
+        "prompts": prompts,
+        "limit": limit,
+        "device": device,
+        "dtype": dtype,
+    }
+    facts: dict[str, Any]
+    if isinstance(plan, KVPlan):
+        if call is not None:
+            raise InputError("--call is for plans of diffusion models: leave it out.")
+        with progress(str(path)) as report:
+            found = api.verify(plan, split=split, progress=report, **common)
+        damage: Any = found.damage
+        table = verification_table(plan, found)
+        facts = {
+            "planned_bytes": found.planned_bytes,
+            "measured_bytes": found.measured_bytes,
+            "full_bytes": found.full_bytes,
+        }
+    else:
+        settings = read_settings(call)
+        with progress(str(path)) as report:
+            seen = api.verify(plan, split=split, settings=settings, progress=report, **common)
+        damage = seen.damage
+        table = picture_table(plan, seen)
+        facts = picture_facts(seen)
     if write:
-        api.save_plan(dataclasses.replace(plan, measured=found.damage), path)
+        api.save_plan(dataclasses.replace(plan, measured=damage), path)
         say(f"{path} now holds the measurement.")
     if as_json:
-        emit(
-            {
-                "file": str(path),
-                "predicted": damage_facts(plan.predicted),
-                "measured": damage_facts(found.damage),
-                "planned_bytes": found.planned_bytes,
-                "measured_bytes": found.measured_bytes,
-                "full_bytes": found.full_bytes,
-            }
-        )
+        predicted, measured = damage_facts(plan.predicted), damage_facts(damage)
+        emit({"file": str(path), "predicted": predicted, "measured": measured, **facts})
     else:
-        draw(verification_table(plan, found))
+        draw(table)
     suggest(f"cacheplan show {path}")

@@ -1,69 +1,54 @@
-"""`with apply(model, plan): model.generate(...)`: install a plan, and restore the model."""
+"""`with apply(model, plan): ...`: install a plan of any family, and restore the model."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any, overload
 
-from transformers import DynamicCache
+from cacheplan.errors import InputError
+from cacheplan.types import FeaturePlan, KVPlan, Plan
 
-from cacheplan.adapters.attention import AttendingCache, attending, check_attention
-from cacheplan.adapters.language import describe
-from cacheplan.errors import UnsupportedError
-from cacheplan.plans.check import kv_only
-from cacheplan.runtime.cache import PlanCache
-from cacheplan.types import Plan
+if TYPE_CHECKING:
+    from cacheplan.runtime.cache import PlanCache
+    from cacheplan.runtime.features.report import FeatureReport
 
 
-@contextmanager
-def apply(model: Any, plan: Plan) -> Iterator[deque[PlanCache]]:
-    """Make every generation of `model` follow `plan` until the block ends.
+@overload
+def apply(
+    model: Any, plan: KVPlan, *, cache_memory: int | None = None
+) -> AbstractContextManager[deque[PlanCache]]: ...
+@overload
+def apply(
+    model: Any, plan: FeaturePlan, *, cache_memory: int | None = None
+) -> AbstractContextManager[FeatureReport]: ...
+@overload
+def apply(
+    model: Any, plan: Plan, *, cache_memory: int | None = None
+) -> AbstractContextManager[deque[PlanCache] | FeatureReport]: ...
 
-    A forward call without a cache, or with an empty stock one as `generate` makes, gets a
-    `PlanCache`; other stock caches are refused, as they would bypass the plan.  The `with`
-    statement yields a queue that holds the newest cache and no older one.  Whoever manages
-    `past_key_values` passes `PlanCache(plan)` instead.  Leaving the block restores
-    attention and hooks exactly.
 
-    The first call on an empty cache is taken for the whole prompt: do not hand `generate` a
-    `prefill_chunk_size`, whose later chunks look like a second turn and would all stay.
+def apply(
+    model: Any, plan: Plan, *, cache_memory: int | None = None
+) -> AbstractContextManager[Any]:
+    """Make every call of a language model or diffusion pipeline follow `plan` until the block ends.
+
+    The `with` statement yields, for a language model, a queue that holds the newest cache
+    (`language.apply_cache`), and for a pipeline a report of the newest run, whose kept features
+    may take `cache_memory` bytes (`features.apply.apply_features`).
 
     Raises ModelMismatchError if the plan was made for another model, UnsupportedError if the
     model or the plan is outside what the runtime does.
     """
-    kv = kv_only(plan, "apply")
-    check_attention(model)
-    spec = describe(model)
-    PlanCache(kv, spec)  # refuse here, not at the first forward call
-    _refuse_generation_settings(model)
-    decoder = model.get_decoder()
-    made: deque[PlanCache] = deque(maxlen=1)  # a server must not collect its caches
+    if isinstance(plan, FeaturePlan):
+        from cacheplan.runtime.features.apply import apply_features
 
-    def give_cache(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        past = kwargs.get("past_key_values")
-        if isinstance(past, AttendingCache) or (past is None and kwargs.get("use_cache") is False):
-            return None
-        if past is not None and (type(past) is not DynamicCache or past.get_seq_length() > 0):
-            raise UnsupportedError(
-                f"A {type(past).__name__} holding {past.get_seq_length()} tokens was passed while "
-                "a plan is applied, which would bypass it: pass PlanCache(plan) or no cache."
-            )
-        made.append(PlanCache(kv))
-        return args, {**kwargs, "past_key_values": made[-1]}
-
-    with attending(model):
-        hook = decoder.register_forward_pre_hook(give_cache, with_kwargs=True)
-        try:
-            yield made
-        finally:
-            hook.remove()
-
-
-def _refuse_generation_settings(model: Any) -> None:
-    settings = getattr(model, "generation_config", None)
-    if getattr(settings, "prefill_chunk_size", None):
-        raise UnsupportedError(
-            "Chunked prefill cannot run a cache plan yet: set prefill_chunk_size=None."
+        return apply_features(model, plan, cache_memory=cache_memory)
+    if cache_memory is not None:
+        raise InputError(
+            f"cache_memory={cache_memory} was given with a plan for a KV cache, but limits the "
+            "features of diffusion models: solve the plan for a budget in bytes instead."
         )
+    from cacheplan.runtime.language import apply_cache
+
+    return apply_cache(model, plan)

@@ -33,7 +33,7 @@ from cacheplan.types.plan import (
 )
 from cacheplan.types.problem import Coverage, Knapsack, Problem, Schedule, Solution, Split
 from cacheplan.types.profile import FeatureProfile, KVProfile, Profile, Statistic
-from cacheplan.types.recipe import KVRecipe
+from cacheplan.types.recipe import FeatureRecipe, KVRecipe, Recipe
 from cacheplan.types.scorers import (
     SCORERS,
     AccumulatedAttention,
@@ -62,6 +62,7 @@ __all__ = [
     "FeatureEntry",
     "FeaturePlan",
     "FeatureProfile",
+    "FeatureRecipe",
     "FeatureSite",
     "Gate",
     "KVAction",
@@ -81,6 +82,7 @@ __all__ = [
     "Profile",
     "Provenance",
     "Random",
+    "Recipe",
     "Schedule",
     "Scorer",
     "Site",

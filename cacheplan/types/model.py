@@ -89,6 +89,7 @@ class DiffusionSpec:
     expert_starts: tuple[int, ...] = ()  # steps at which another denoiser takes over
     cost: int  # FLOPs of one whole step, all branches, one prompt
     latent: tuple[int, ...]  # shape of one prompt's latent
+    copies: int = 1  # latents that one call holds per prompt: 2 where guidance is batched
     digest: str
 
 

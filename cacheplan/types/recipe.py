@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from cacheplan.types.features import Gate
 from cacheplan.types.plan import KVAction
 
 
@@ -25,3 +26,46 @@ class KVRecipe:
     allocation: str
     candidates: tuple[KVAction, ...]
     decode_every: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureRecipe:
+    """Name, paper, and the cells it is made of.
+
+    `sites` are what is cached: "parts" (attention, mlp ... of every block), "blocks" (each
+    block's delta), "tail" (the delta of all blocks but the first `head`), "whole" (the last
+    hidden state; a UNet's branch) or "model" (the model's delta).  `share` says which of them
+    follow one schedule: "all", "type" (parts of one name) or "site".
+
+    `schedule` chooses the computed steps: "interval" (evenly spread), "path" (shortest path over
+    `cost`), "recurrence" (DPCache's), "lookahead", "threshold", "magnitude", "mask" (fixed bins),
+    "gate" (whenever the gate does not object) or "planned".  `cost` is what it minimises: "l1",
+    "square" or "cosine" distance.  `segment` limits the length of a stretch, as multiples of the
+    mean one.  The first `warmup` steps are computed, and the last if `protect_last`.
+
+    `basis` and `order` say how a step is forecast, `correction` ("none", "scalar", "channel")
+    what is fitted after that, `donors` how many sites hand their steps on (BAC's union),
+    `scale_steps` whether the sampler's steps are shortened (ERTACache).
+    """
+
+    family: ClassVar[str] = "diffusion"
+    name: str
+    summary: str
+    paper: str
+    sites: str
+    schedule: str
+    share: str = "all"
+    basis: str = "hold"
+    order: int = 0
+    cost: str = "square"
+    segment: tuple[float, float] | None = None
+    warmup: int = 1
+    protect_last: bool = False
+    head: int = 1
+    correction: str = "none"
+    donors: int = 0
+    scale_steps: bool = False
+    gate: Gate | None = None
+
+
+Recipe = KVRecipe | FeatureRecipe

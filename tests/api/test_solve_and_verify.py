@@ -29,7 +29,7 @@ from cacheplan.zoo import embedded_prompts
 def profile(tmp_path_factory: pytest.TempPathFactory) -> KVProfile:
     out = tmp_path_factory.mktemp("profile") / "profile.safetensors"
     found = api.profile(out=out, limit=5, ablate=2)
-    assert found is not None
+    assert isinstance(found, KVProfile)
     return found
 
 
@@ -84,7 +84,7 @@ def test_verified_bytes_are_the_planned_ones(profile: KVProfile, recipe: str) ->
 
 def test_null_plan_verifies_as_undamaged(profile: KVProfile) -> None:
     found = api.verify(api.solve(profile, budget=1, recipe="snapkv"), limit=2)
-    assert found.damage.kl < 1e-9
+    assert found.damage.kl < 1e-8
     assert found.damage.agreement == 1.0
     assert found.damage.recall == found.damage.full_recall
 

@@ -117,8 +117,9 @@ COMMANDS = {
     "show profile.safetensors": ("damage when keeping", "solve profile.safetensors --budget"),
     "diff plan.json plan.json": ("The plans do the same.", "cacheplan show plan.json"),
     "recipes": ("2404.14469", "cacheplan solve --budget 0.2 --recipe snapkv"),
-    "demo": ("streaming_llm", "cacheplan profile MODEL --prompts FILE"),
-    "demo --dir files": ("streaming_llm", "cacheplan show files/plan.json"),
+    "compare plan.json": ("same top token", "cacheplan show plan.json"),
+    "demo --family language": ("streaming_llm", "cacheplan profile MODEL --prompts FILE"),
+    "demo --family language --dir files": ("streaming_llm", "cacheplan show files/plan.json"),
 }
 
 

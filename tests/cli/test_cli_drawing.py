@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from cacheplan.cli.facts import cells, percent, scorer_words, size
 from cacheplan.cli.heatmap import Heatmap, legend, plan_heatmap
+from cacheplan.cli.kv_facts import cells, scorer_words
+from cacheplan.cli.numbers import count, percent, size
 from cacheplan.cli.progress import progress
 from cacheplan.plans.check import kv_only
 from cacheplan.plans.io import read_plan
@@ -78,6 +79,7 @@ def test_words() -> None:
         "3.0 GiB",
     ]
     assert percent(None) == "-"
+    assert [count(7), count(15_750_266_880)] == ["7 ", "15.8 G"]
     assert scorer_words(Random(seed=3)) == "random (seed 3)"
     assert scorer_words(WindowAttention()) == "window_attention"
     assert cells(RECIPES["h2o"]).endswith("again every 1 new tokens")

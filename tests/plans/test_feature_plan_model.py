@@ -44,7 +44,7 @@ REUSE = FeatureAction(do="reuse")
         (
             with_entry(FeatureEntry(site=replace(MLP, part="router"), step=3, action=REUSE)),
             'entries[0].site.part is "router", which cannot be run yet; '
-            "supported is one of attention, cross_attention, mlp, ",
+            "supported is one of attention, attention_2, ",
         ),
         (
             replace(PLAN, gate=Gate(signal="curvature", threshold=0.1)),

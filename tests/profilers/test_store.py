@@ -14,9 +14,9 @@ from hypothesis.extra.numpy import arrays
 
 from cacheplan.errors import CacheplanError, InputError, ProfileError
 from cacheplan.profilers.exact_sum import ExactSum
+from cacheplan.profilers.settings import KVSettings
 from cacheplan.profilers.store import (
     ProfileState,
-    Settings,
     dumps,
     finish,
     merge,
@@ -57,7 +57,7 @@ def test_exact_sums_refuse_what_they_cannot_hold(bad: float) -> None:
         ExactSum.zeros((1,)).add(np.array([bad]), "damage")
 
 
-def make_settings(tiny_spec: LanguageSpec, **changes: Any) -> Settings:
+def make_settings(tiny_spec: LanguageSpec, **changes: Any) -> KVSettings:
     fields: dict[str, Any] = {
         "model": tiny_spec,
         "candidates": (KVAction(keep=1.0),),
@@ -69,7 +69,7 @@ def make_settings(tiny_spec: LanguageSpec, **changes: Any) -> Settings:
         "seed": 0,
         "versions": (("cacheplan", "0"),),
     }
-    return Settings(**(fields | changes))
+    return KVSettings(**(fields | changes))
 
 
 def found(index: int) -> dict[str, Any]:

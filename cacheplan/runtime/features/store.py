@@ -48,9 +48,7 @@ class Store:
     def everything(self) -> list[Feature]:
         return [feature for kept in self._kept.values() for _, feature in kept]
 
-    def _replace(
-        self, site: FeatureSite, branch: int, stay: Sequence[tuple[int, Feature]]
-    ) -> None:
+    def _replace(self, site: FeatureSite, branch: int, stay: Sequence[tuple[int, Feature]]) -> None:
         gone = [item for item in self._kept[site, branch] if all(item is not s for s in stay)]
         self.bytes -= sum(storage_bytes(feature) for _, feature in gone)
         self._kept[site, branch] = list(stay)

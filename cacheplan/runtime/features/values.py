@@ -16,6 +16,9 @@ from cacheplan.kernels.forecast.naive import MOST
 from cacheplan.runtime.features.store import Feature
 from cacheplan.types import FeatureAction
 
+# per action, number of channels and device: factor and summand of the channels
+Constants = dict[tuple[int, int, torch.device], tuple[Tensor | None, Tensor | None]]
+
 
 @dataclass(frozen=True, eq=False)
 class Forecast:
@@ -27,6 +30,7 @@ class Forecast:
     features: Sequence[Feature]
     weights: tuple[float, ...]
     action: FeatureAction
+    constants: Constants
 
     def alone(self) -> Feature:
         """The value, in memory of its own."""
@@ -39,11 +43,25 @@ class Forecast:
     def _leaf(self, features: tuple[Tensor, ...], add: Tensor | None) -> Tensor:
         first = features[0]
         axis = channel_axis(first, self.action)
-        scale, shift = _channels(self.action, first.shape[axis], first.device)
+        scale, shift = self._channels(first.shape[axis], first.device)
         moved = [feature.movedim(axis, -1) for feature in features]
         base = None if add is None else add.movedim(axis, -1)
         value = weighted_sum(moved, self.weights, scale, shift, base).movedim(-1, axis)
         return value.clone() if value.data_ptr() == first.data_ptr() else value
+
+    def _channels(self, size: int, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
+        """Factor and summand per channel, with the scalar shift folded in."""
+        action, key = self.action, (id(self.action), size, device)
+        if key not in self.constants:
+            scales, shifts = action.channel_scale, action.channel_shift or (0.0,) * size
+            folded = [
+                a * action.shift + b for a, b in zip(scales or (1.0,) * size, shifts, strict=True)
+            ]
+            self.constants[key] = (
+                torch.tensor(scales, device=device) if scales else None,
+                torch.tensor(folded, device=device) if any(folded) else None,
+            )
+        return self.constants[key]
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,19 +103,6 @@ def channel_axis(tensor: Tensor, action: FeatureAction) -> int:
             )
         axis = found[0]
     return axis
-
-
-def _channels(
-    action: FeatureAction, size: int, device: torch.device
-) -> tuple[Tensor | None, Tensor | None]:
-    """Factor and summand per channel, with the scalar shift folded in."""
-    scale = torch.tensor(action.channel_scale, device=device) if action.channel_scale else None
-    shift = torch.tensor(action.channel_shift, device=device) if action.channel_shift else None
-    if action.shift:
-        moved = torch.full((size,), action.shift, device=device)
-        moved = moved if scale is None else moved * scale
-        shift = moved if shift is None else shift + moved
-    return scale, shift
 
 
 def _zipped(function: Any, values: Sequence[Any]) -> Any:

@@ -1,14 +1,12 @@
-"""Published methods, each one row: which tokens, how many, when.
+"""Published KV-cache methods, each one row: which tokens, how many, when.
 
 The free product of the cells is what `planned` searches; the rows reproduce papers.
 """
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import replace
 
-from cacheplan.errors import InputError
 from cacheplan.types import (
     AccumulatedAttention,
     KeyDifference,
@@ -129,12 +127,3 @@ def while_decoding(recipe: KVRecipe) -> KVRecipe:
     """The same choice of options without those that cannot rank tokens while decoding."""
     able = tuple(c for c in recipe.candidates if not isinstance(c.scorer, WindowAttention))
     return replace(recipe, candidates=able) if len(recipe.candidates) > 1 else recipe
-
-
-def find_recipe(name: str) -> KVRecipe:
-    """Look a recipe up; raises InputError naming the closest or all of them."""
-    if name in RECIPES:
-        return RECIPES[name]
-    close = difflib.get_close_matches(name, RECIPES, n=1)
-    hint = f'did you mean "{close[0]}"' if close else f"choose one of {', '.join(RECIPES)}"
-    raise InputError(f'There is no recipe "{name}": {hint}.')

@@ -1,0 +1,157 @@
+"""From a feature profile, a recipe and a budget to what is done at every site and step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cacheplan.schedules.groups import Group, groups, head, model, whole
+from cacheplan.schedules.keys import forced_steps, problem, published
+from cacheplan.schedules.planned import plan_steps
+from cacheplan.schedules.realize import entries, keys_before, serving_entries
+from cacheplan.schedules.tables import Gram, between, sensitivity, statistic
+from cacheplan.schedules.thresholds import fit_gate
+from cacheplan.solvers.certify import relative_gap, verdict
+from cacheplan.types import (
+    Certificate,
+    FeatureEntry,
+    FeatureProfile,
+    FeatureRecipe,
+    Gate,
+    Schedule,
+)
+
+Mask = NDArray[np.bool_]
+_OPTIMAL = 1e-3
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What a plan needs beyond its head; `reached` is the share of FLOPs that is spent."""
+
+    entries: tuple[FeatureEntry, ...]
+    gate: Gate | None
+    dt_scale: tuple[float, ...]
+    certificate: Certificate
+    predicted_error: float
+    reached: float
+
+
+def plan_features(profile: FeatureProfile, recipe: FeatureRecipe, kept: float) -> Planned:
+    """Choose what is not computed within the share `kept` of the full FLOPs."""
+    if recipe.schedule == "planned":
+        return _planned(profile, recipe, kept)
+    found = groups(profile, recipe)
+    gate = None
+    if recipe.schedule == "gate":
+        gate, mask, status = _gated(profile, recipe, problem(profile, recipe, found, kept))
+        free = np.tile(forced_steps(profile, recipe), (len(found), 1))
+        made = entries(profile, recipe, found, free)
+        value, bound = 0.0, None
+    else:
+        mask, solution, status = published(profile, recipe, found, kept)
+        made = entries(profile, recipe, found, mask)
+        value = solution.value if solution else 0.0
+        bound = solution.bound if solution else None
+    certificate = Certificate(
+        solver=recipe.schedule,
+        value=value if math.isfinite(value) else 0.0,
+        bound=bound,
+        gap=None if bound is None else relative_gap(value, bound),
+        status=status,
+    )
+    spent = sum(group.cost * row.sum() for group, row in zip(found, mask, strict=True))
+    fixed = 1 - profile.model.steps * sum(group.cost for group in found)
+    return Planned(
+        entries=made,
+        gate=gate,
+        dt_scale=_shortened(profile, mask[0]) if recipe.scale_steps else (),
+        certificate=certificate,
+        predicted_error=predict(profile, recipe, found, mask),
+        reached=float(spent + max(fixed, 0.0)),
+    )
+
+
+def _planned(profile: FeatureProfile, recipe: FeatureRecipe, kept: float) -> Planned:
+    serving = plan_steps(profile, forced_steps(profile, recipe), kept)
+    gap = relative_gap(serving.damage, serving.bound)
+    steps, partial = int(serving.computed.sum()), _partial(profile, serving.served)
+    words = f" {steps} steps computed whole, {partial} in part."
+    return Planned(
+        entries=serving_entries(profile, serving),
+        gate=None,
+        dt_scale=(),
+        certificate=Certificate(
+            solver="shortest path",
+            value=serving.damage,
+            bound=serving.bound,
+            gap=gap,
+            status=verdict(gap, "the Lagrangian bound", _OPTIMAL) + words,
+        ),
+        predicted_error=serving.damage,
+        reached=serving.rate,
+    )
+
+
+def _partial(profile: FeatureProfile, served: NDArray[np.int64]) -> int:
+    return int((served > 1).sum())  # after the whole and the model come the tails
+
+
+def predict(
+    profile: FeatureProfile, recipe: FeatureRecipe, found: Sequence[Group], computed: Mask
+) -> float:
+    """Predicted relative error of the final latent.
+
+    As if the whole followed each group's schedule, weighted by the groups' cost: features of a
+    step change together, so a schedule matters more than the site it is for.
+    """
+    site = model(profile) if recipe.sites == "model" else whole(profile)
+    of = "output_damage" if recipe.sites == "model" else "final_damage"
+    gram, weight = Gram.of(profile, site), sensitivity(profile, of=of)
+    total, costs = 0.0, sum(group.cost for group in found)
+    for group, row in zip(found, computed, strict=True):
+        for step in np.flatnonzero(~row).tolist():
+            keys = keys_before(profile.model, row, step)[: recipe.order + 1]
+            if recipe.correction != "none":
+                weights = gram.fitted(step, keys)
+            else:
+                weights = gram.weights(recipe.basis, recipe.order, step, keys)
+            error = gram.error(step, keys[: len(weights)], weights)
+            error = error if math.isfinite(error) else 2.0  # beyond what was compared: unrelated
+            total += group.cost / costs * math.sqrt(weight[step] * error)
+    return total
+
+
+def _gated(
+    profile: FeatureProfile, recipe: FeatureRecipe, schedule: Schedule
+) -> tuple[Gate, Mask, str]:
+    assert recipe.gate is not None
+    gate = replace(recipe.gate, blocks=head(profile, recipe.gate.blocks))
+    fitted = fit_gate(profile, gate, schedule)
+    words = f"Threshold {fitted.threshold:.4g}, expected to spend the budget on average."
+    return replace(gate, threshold=max(fitted.threshold, 0.0)), fitted.computed, words
+
+
+def _shortened(profile: FeatureProfile, computed: Mask) -> tuple[float, ...]:
+    """ERTACache's multipliers of the sampler's steps (arXiv 2508.21091, section 3.3).
+
+    `phi_i = clip(1 - |v_j - v_i| / |v_i - v_{i+1}|, 0, 1)` at a step i served from j; what that
+    leaves of the increments is spread over the steps that follow.  The last step stays as it is.
+    """
+    T = len(computed)
+    output = between(statistic(profile, "output_l1"))
+    multipliers, covered, last = [], 0.0, 0
+    for step in range(T):
+        current = (T - covered) / (T - step)
+        if computed[step]:
+            last, phi = step, 1.0
+        else:
+            following = output[step, step + 1] if step + 1 < T else math.inf
+            phi = float(np.clip(1 - output[last, step] / max(following, 1e-12), 0, 1))
+        multipliers.append(round(current * phi, 9))
+        covered += current * phi
+    return (*(min(m, 4.0) for m in multipliers[:-1]), 1.0)

@@ -1,0 +1,44 @@
+"""The table of methods: language models' KV caches and diffusion models' features."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from typing import TypeVar
+
+from cacheplan.errors import InputError
+from cacheplan.recipes.features import FEATURE_RECIPES
+from cacheplan.recipes.kv import CANDIDATES, RECIPES, while_decoding
+from cacheplan.types import FeatureRecipe, KVRecipe
+
+__all__ = [
+    "CANDIDATES",
+    "FEATURE_RECIPES",
+    "RECIPES",
+    "find_feature_recipe",
+    "find_recipe",
+    "while_decoding",
+]
+
+R = TypeVar("R")
+
+
+def find_recipe(name: str) -> KVRecipe:
+    """Look a language model's recipe up; raises InputError naming the closest or all of them."""
+    return _find(name, RECIPES, FEATURE_RECIPES, "diffusion")
+
+
+def find_feature_recipe(name: str) -> FeatureRecipe:
+    """Look a diffusion model's recipe up; raises InputError naming the closest or all of them."""
+    return _find(name, FEATURE_RECIPES, RECIPES, "language")
+
+
+def _find(name: str, table: Mapping[str, R], others: Mapping[str, object], family: str) -> R:
+    if name in table:
+        return table[name]
+    names = ", ".join(table)
+    if name in others:
+        raise InputError(f'The recipe "{name}" is for {family} models: choose one of {names}.')
+    close = difflib.get_close_matches(name, table, n=1)
+    hint = f'did you mean "{close[0]}"' if close else f"choose one of {names}"
+    raise InputError(f'There is no recipe "{name}": {hint}.')

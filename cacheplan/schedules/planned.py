@@ -1,0 +1,244 @@
+"""The planner: computed steps and what serves each of the others, under an exact budget.
+
+A step that is not computed is served by one of several sites, each forecast from the last two
+computed steps with least squares weights: the whole model (free), the last hidden state (the
+denoiser's ends stay fresh), or the tail of the blocks (the first blocks are computed: a partial
+step).  The damage of a choice is how far the final latent moves: the square root of the site's
+error times the sensitivity at that step.  Damages add up, since errors of one schedule point the
+same way; adding their squares predicted errors several times too small.
+
+With a multiplier m for the budget the choice of a step is `min_o damage_o + m * rate_o`, and the
+computed steps are a shortest path over pairs of keys.  The best m for each number of computed
+steps gives a bound that no schedule can beat; the schedules on the way are filled up to the budget
+by a knapsack and improved by moving single steps.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cacheplan.errors import InfeasibleError
+from cacheplan.plans.compute import experts, saved_flops
+from cacheplan.schedules.groups import model, runs, whole
+from cacheplan.schedules.tables import RIDGE, Gram, sensitivity, site_index, statistic
+from cacheplan.solvers.paths import Curves
+from cacheplan.solvers.registry import knapsack_solver
+from cacheplan.solvers.segments import forecast_costs, hold_costs
+from cacheplan.solvers.shortest_path import curve
+from cacheplan.types import FeatureProfile, FeatureSite, Knapsack, Schedule
+
+Floats = NDArray[np.float64]
+Mask = NDArray[np.bool_]
+Filled = tuple[NDArray[np.int64], float, float]  # served, damage, rate
+_ROUNDS = 40  # halvings of the multiplier's logarithm
+_NEAR = 2  # numbers of computed steps tried on either side of the relaxed one
+_AROUND = np.logspace(-1.5, 1.5, 31).tolist()
+_SLACK = 1e-9
+
+
+@dataclass(frozen=True, eq=False)
+class Option:
+    """One way to serve a step: its rate, and its damage by keys.
+
+    `single` `[T, T]` is the damage at step t from the one key j, `pair` `[T, T, T]` from keys
+    i < j; `inf` where it cannot be.
+    """
+
+    site: FeatureSite
+    rate: float
+    single: Floats
+    pair: Floats
+
+
+@dataclass(frozen=True, eq=False)
+class Serving:
+    """`computed` `[T]`, the option that serves each other step (-1 at computed ones), and proof."""
+
+    options: tuple[Option, ...]
+    computed: Mask
+    served: NDArray[np.int64]
+    damage: float
+    rate: float
+    bound: float
+    ridge: float = RIDGE
+
+
+def options(profile: FeatureProfile, ridge: float = RIDGE) -> tuple[Option, ...]:
+    """The sites that may serve a step, with their damage to the final latent."""
+    spec = profile.model
+    total = spec.steps * spec.cost
+    power, weight = statistic(profile, "power"), sensitivity(profile)
+    of_output = sensitivity(profile, of="output_damage")
+    found = []
+    for site in (whole(profile), model(profile), *tails(profile)):
+        gram = Gram.of(profile, site, ridge)
+        share = power[site_index(profile, site)]
+        scale = of_output if site.part == "model" else weight * share
+        absent = [step for step in range(spec.steps) if not runs(spec, site, step)]
+        single, pair = scale * gram.hold(), scale * gram.forecast("fitted", 1)
+        single[:, absent], pair[:, :, absent] = np.inf, np.inf
+        rate = (spec.cost - saved_flops(spec, site, 0)) / total
+        found.append(Option(site, rate, np.sqrt(single), np.sqrt(pair)))
+    return tuple(found)
+
+
+def tails(profile: FeatureProfile) -> list[FeatureSite]:
+    """The deltas from a block that is not a denoiser's first to its last."""
+    found, start = list[FeatureSite](), 0
+    for blocks in experts(profile.model):
+        stop = start + len(blocks)
+        deltas = [s for s in profile.sites if s.part == "delta" and s.last == stop]
+        found += [site for site in deltas if site.first > start]
+        start = stop
+    return found
+
+
+def plan_steps(profile: FeatureProfile, forced: Mask, kept: float) -> Serving:
+    """The best schedule found within `kept` of all computation; raises InfeasibleError.
+
+    Weights are fitted to features of full runs, but in a planned run these have drifted: by about
+    the error of the final latent.  Noise of that size in the keys is the ridge of the fit (least
+    squares with errors in the variables), so a plan with much damage is made again with it.
+    """
+    found = plan_at(profile, forced, kept, RIDGE)
+    drift = min(found.damage, 1.0) ** 2
+    return found if drift <= RIDGE else plan_at(profile, forced, kept, drift)
+
+
+def plan_at(profile: FeatureProfile, forced: Mask, kept: float, ridge: float) -> Serving:
+    """The best schedule found for forecasts fitted with this ridge."""
+    menu = options(profile, ridge)
+    T = profile.model.steps
+    rates = np.array([option.rate for option in menu])
+    single = np.stack([option.single for option in menu])
+    pair = np.stack([option.pair for option in menu])
+    fewest = int(np.flatnonzero(np.isfinite(_curve(single, pair, forced).distortion[0]))[0])
+    least = fewest / T + (T - fewest) * rates.min()
+    if kept < least - _SLACK:
+        raise InfeasibleError(
+            f"The budget {kept:.3g} is too small, since at least {fewest} of {T} steps are "
+            f"computed: the smallest feasible budget is {math.ceil(1000 * least) / 1000:g}."
+        )
+    tried: dict[bytes, Mask] = {}
+    bounds = np.zeros(T + 1)  # of schedules with so many computed steps
+
+    def relaxed(multiplier: float) -> float:
+        """The rate of the cheapest priced schedule; notes it, its neighbours and the bound."""
+        price = multiplier * rates
+        found = _curve(single + price[:, None, None], pair + price[:, None, None, None], forced)
+        priced = found.distortion[0] + multiplier * np.arange(T + 1) / T
+        best = int(priced.argmin())
+        np.maximum(bounds, priced - multiplier * kept, out=bounds)
+        for keys in range(max(1, best - _NEAR), min(T, best + _NEAR) + 1):
+            mask = found.computed[0, keys]
+            if np.isfinite(found.distortion[0, keys]) and mask.sum() / T <= kept + _SLACK:
+                tried[mask.tobytes()] = mask
+        return _cheapest(single, pair, rates, found.computed[0, best], multiplier)
+
+    low, high = 1e-12, 1e6
+    for _ in range(_ROUNDS):
+        middle = math.sqrt(low * high)
+        low, high = (middle, high) if relaxed(middle) > kept else (low, middle)
+    for factor in _AROUND:  # each number of computed steps has its own best multiplier
+        relaxed(high * factor)
+    best: Serving | None = None
+    for mask in tried.values():
+        served = _fill(single, pair, rates, mask, kept)
+        if served is not None and (best is None or served[1] < best.damage):
+            best = Serving(menu, mask, *served, 0.0)
+    if best is None:
+        raise InfeasibleError(f"No schedule was found within the budget {kept:.3g}: raise it.")
+    best = _moved(best, forced, lambda mask: _fill(single, pair, rates, mask, kept))
+    return replace(best, bound=min(float(bounds.min()), best.damage), ridge=ridge)
+
+
+def _curve(single: Floats, pair: Floats, forced: Mask) -> Curves:
+    """The least damage for every number of computed steps, if each other step costs its best."""
+    problem = Schedule(
+        rate=np.ones(1),
+        base=np.zeros(1),
+        hold=hold_costs(single.min(0))[None],
+        forecast=forecast_costs(pair.min(0))[None],
+        forced=forced[None],
+        budget=math.inf,
+    )
+    return curve(problem)
+
+
+def _moved(best: Serving, forced: Mask, fill: Callable[[Mask], Filled | None]) -> Serving:
+    """Move, drop or add one computed step at a time as long as that helps.
+
+    Whole steps and the budget left over by them do not fit together smoothly, which the
+    multiplier does not see.
+    """
+    known = {best.computed.tobytes()}
+    improving = True
+    while improving:
+        improving = False
+        for mask in _neighbours(best.computed, forced):
+            if mask.tobytes() in known:
+                continue
+            known.add(mask.tobytes())
+            found = fill(mask)
+            if found is not None and found[1] < best.damage * (1 - 1e-9):
+                best = Serving(best.options, mask, *found, 0.0)
+                improving = True
+    return best
+
+
+def _neighbours(computed: Mask, forced: Mask) -> Iterator[Mask]:
+    for step in np.flatnonzero(~forced).tolist():
+        changed = computed.copy()
+        changed[step] = not changed[step]
+        yield changed
+        if not computed[step]:
+            continue
+        for other in (step - 2, step - 1, step + 1, step + 2):
+            if 0 < other < len(computed) and not computed[other]:
+                moved = changed.copy()
+                moved[other] = True
+                yield moved
+
+
+def damages(single: Floats, pair: Floats, computed: Mask) -> Floats:
+    """`[steps not computed, options]`: damage of each option, given the computed steps."""
+    rows, keys = [], list[int]()
+    for step, fresh in enumerate(computed):
+        if fresh:
+            keys.append(step)
+        elif len(keys) == 1:
+            rows.append(single[:, keys[0], step])
+        else:
+            rows.append(pair[:, keys[-2], keys[-1], step])
+    return np.stack(rows) if rows else np.zeros((0, len(single)))
+
+
+def _cheapest(
+    single: Floats, pair: Floats, rates: Floats, computed: Mask, multiplier: float
+) -> float:
+    table = damages(single, pair, computed)
+    chosen = (table + multiplier * rates).argmin(1)
+    return float(computed.sum() / len(computed) + rates[chosen].sum())
+
+
+def _fill(
+    single: Floats, pair: Floats, rates: Floats, computed: Mask, kept: float
+) -> Filled | None:
+    """Options of the other steps that spend the rest of the budget best; None if none fits."""
+    spent = computed.sum() / len(computed)
+    table = damages(single, pair, computed)
+    served = np.full(len(computed), -1)
+    if not len(table):
+        return served, 0.0, float(spent)
+    rest = kept - spent
+    if len(table) * rates.min() > rest + _SLACK or not np.isfinite(table.min(1)).all():
+        return None
+    knapsack = Knapsack(np.tile(rates, (len(table), 1)), table, rest + _SLACK)
+    solution = knapsack_solver("lagrangian")(knapsack)
+    served[~computed] = solution.choice
+    return served, solution.value, float(spent + solution.rate)

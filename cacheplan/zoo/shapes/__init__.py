@@ -1,0 +1,1 @@
+"""The embedded diffusion model `shapes`: pictures of coloured shapes from short prompts."""

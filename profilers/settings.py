@@ -1,0 +1,75 @@
+"""What decides a profile's bytes, and the axes of the arrays it holds, per family of models."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from cacheplan.types import DiffusionSpec, FeatureSite, KVAction, LanguageSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class KVSettings:
+    """Two language profiles with equal settings can be merged.
+
+    `probes` are the (candidate, keep) indices of the ablations, on the first `ablate` prompts.
+    """
+
+    family: ClassVar[str] = "language"
+    model: LanguageSpec
+    candidates: tuple[KVAction, ...]
+    keeps: tuple[float, ...]
+    probes: tuple[tuple[int, int], ...]
+    ablate: int
+    prompts: int
+    prompts_digest: str
+    seed: int
+    versions: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureSettings:
+    """Two diffusion profiles with equal settings can be merged.
+
+    At most `tokens` tokens of a feature are compared, `lags` steps back.  On the first `ablate`
+    prompts each step's feature at `probes` is held alone.
+    """
+
+    family: ClassVar[str] = "diffusion"
+    model: DiffusionSpec
+    sites: tuple[FeatureSite, ...]
+    lags: int
+    tokens: int
+    probes: tuple[FeatureSite, ...]
+    ablate: int
+    prompts: int
+    prompts_digest: str
+    seed: int
+    versions: tuple[tuple[str, str], ...]
+
+
+Settings = KVSettings | FeatureSettings
+FAMILIES: dict[str, type[KVSettings] | type[FeatureSettings]] = {
+    cls.family: cls for cls in (KVSettings, FeatureSettings)
+}
+AXES: dict[str, tuple[str, ...]] = {
+    "mass_curve": ("layer", "point"),
+    "damage": ("layer", "kv_head", "candidate", "keep"),
+    "ablation_damage": ("layer", "kv_head", "probe"),
+    "ablation_kl": ("layer", "kv_head", "probe"),
+    "context_length": (),
+    "continuation_length": (),
+    "gram": ("site", "step", "lag"),
+    "l1": ("site", "step", "lag"),
+    "power": ("site",),
+    "scale": (),
+    "token_ratio": ("step",),
+    "channel_gram": ("channel", "step", "lag"),
+    "channel_mean": ("channel", "step"),
+    "latent_l1": ("step", "lag"),
+    "output_l1": ("step", "lag"),
+    "final_error": ("probe", "step"),
+    "final_damage": ("probe", "step"),
+    "output_damage": ("probe", "step"),
+}
+SIGNED = {"gram", "channel_gram", "channel_mean"}

@@ -1,0 +1,260 @@
+"""Every recipe for diffusion models, from a profile to a plan that makes sense."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from cacheplan.adapters.denoiser import observe
+from cacheplan.adapters.sampling import run_pipeline
+from cacheplan.diffusion import solve_features
+from cacheplan.errors import CacheplanError, InfeasibleError, InputError, UnsupportedError
+from cacheplan.formulate_features import plan_features
+from cacheplan.plans.compute import full_flops, planned_flops
+from cacheplan.profilers.feature_ablation import whole_site
+from cacheplan.profilers.feature_collect import collect_features, feature_sites
+from cacheplan.profilers.feature_prompts import digest, picture_prompt
+from cacheplan.profilers.settings import FeatureSettings
+from cacheplan.profilers.store import ProfileState, finish
+from cacheplan.recipes import FEATURE_RECIPES, RECIPES, find_feature_recipe, find_recipe
+from cacheplan.runtime.features.apply import apply_features
+from cacheplan.runtime.features.program import Program
+from cacheplan.schedules.groups import groups
+from cacheplan.schedules.keys import problem, published
+from cacheplan.schedules.realize import keys_before
+from cacheplan.types import FeaturePlan, FeatureProfile
+
+BUDGETS = (0.7, 0.5, 0.4)
+NAMES = tuple(FEATURE_RECIPES)
+STEPS = 12
+
+
+def solve(profile: FeatureProfile, name: str, budget: float) -> FeaturePlan:
+    return solve_features(profile, budget=budget, recipe=name, command="")
+
+
+def computed(plan: FeaturePlan) -> list[int]:
+    skipped = {entry.step for entry in plan.entries}
+    return [step for step in range(plan.model.steps) if step not in skipped]
+
+
+def check(plan: FeaturePlan, budget: float) -> None:
+    """What a plan must be beyond `plans.check`, which solving has passed."""
+    share = planned_flops(plan) / full_flops(plan.model)
+    assert plan.budget.reached <= budget + 1e-9
+    if plan.gate is None:
+        assert share == pytest.approx(plan.budget.reached, rel=1e-9)
+    else:
+        assert share <= plan.budget.reached + 1e-9  # what the gate is expected to compute besides
+    assert plan.predicted is not None
+    assert np.isfinite(plan.predicted.error)
+    assert plan.certificate.status.endswith(".")
+    program = Program(plan)
+    for entry in plan.entries:
+        if entry.action.basis == "fitted":  # the weights are of the features that the runtime has
+            row = np.ones(plan.model.steps, bool)
+            row[[e.step for e in plan.entries]] = False
+            steps = range(entry.step - 1, -1, -1)
+            stored = [s for s in steps if program.computed(entry.site, s)]
+            count = len(entry.action.weights)
+            assert stored[:count] == keys_before(plan.model, row, entry.step)[:count]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_plans_of_a_smooth_model(synthetic_profiles: Any, name: str, budget: float) -> None:
+    profile = synthetic_profiles.build(28, 8)
+    if name == "dbcache" and budget < 0.53:  # warm-up, probing blocks, at most three skips
+        with pytest.raises(InfeasibleError, match="smallest feasible budget is"):
+            solve(profile, name, budget)
+        return
+    plan = solve(profile, name, budget)
+    check(plan, budget)
+    assert plan.entries
+    if FEATURE_RECIPES[name].schedule in ("interval", "path", "recurrence", "planned"):
+        assert plan.budget.reached > budget - 0.06  # the budget is spent
+    assert plan == solve(profile, name, budget)
+
+
+@pytest.fixture(scope="module")
+def real(tiny_pipeline: Any) -> Callable[[str], tuple[Any, Any, FeatureProfile]]:
+    known: dict[str, tuple[Any, Any, FeatureProfile]] = {}
+
+    def get(name: str) -> tuple[Any, Any, FeatureProfile]:
+        if name not in known:
+            pipe, call = tiny_pipeline(name)
+            call = {**call, "num_inference_steps": STEPS}
+            seen, prompts = observe(pipe, call), [picture_prompt({}, 1)]
+            settings = FeatureSettings(
+                model=seen.spec,
+                sites=feature_sites(seen),
+                lags=STEPS - 1,
+                tokens=64,
+                probes=(whole_site(seen.spec),),
+                ablate=1,
+                prompts=1,
+                prompts_digest=digest(prompts),
+                seed=0,
+                versions=(),
+            )
+            state = ProfileState(settings, range(1))
+            collect_features(pipe, seen, call, prompts, state, save=lambda state: None)
+            profile = finish(state, "profile")
+            assert isinstance(profile, FeatureProfile)
+            known[name] = pipe, call, profile
+        return known[name]
+
+    return get
+
+
+@pytest.mark.parametrize("name", ["flux", "wan_experts", "stable_diffusion"])
+def test_plans_of_tiny_pipelines(real: Any, name: str) -> None:
+    """Solved or refused with a sentence; and the runtime follows what was solved."""
+    pipe, call, profile = real(name)
+    solved = set()
+    for recipe in NAMES:
+        for budget in BUDGETS:
+            try:
+                plan = solve(profile, recipe, budget)
+            except (UnsupportedError, InfeasibleError) as error:
+                assert str(error).endswith(".")  # noqa: PT017
+                continue
+            check(plan, budget)
+            solved.add(recipe)
+    everywhere = {"planned", "uniform", "cachequant", "dpcache", "ertacache", "easycache"}
+    transformers = {"fora", "taylorseer", "smoothcache"}
+    tails = {"magcache", "scm", "fbcache", "dbcache", "bac"}
+    expected = everywhere | (transformers if name != "stable_diffusion" else set())
+    assert solved == expected | (tails if name == "flux" else set())
+    full = run_pipeline(pipe, call, seed=1).latent
+    plan = solve(profile, "planned", 0.6)
+    with apply_features(pipe, plan):
+        latent = run_pipeline(pipe, call, seed=1).latent
+    assert torch.isfinite(latent).all()
+    assert 0 < (latent - full).norm() < 0.5 * full.norm()
+
+
+def test_fora_and_taylorseer_differ_in_warm_up(synthetic_profiles: Any) -> None:
+    profile = synthetic_profiles.build(28, 8)
+    taylorseer = FEATURE_RECIPES["taylorseer"]
+    for kept in BUDGETS:
+        masks = []
+        for recipe in (FEATURE_RECIPES["fora"], replace(taylorseer, warmup=1)):
+            found = groups(profile, recipe)
+            masks.append(published(profile, recipe, found, kept)[0])
+        np.testing.assert_array_equal(masks[0], masks[1])
+        fora, warm = (computed(solve(profile, name, kept)) for name in ("fora", "taylorseer"))
+        assert len(fora) == len(warm)
+        assert warm[:3] == [0, 1, 2]
+        for keys in (fora, warm[2:]):
+            assert np.ptp(np.diff([*keys, 28])) <= 1  # evenly spread
+
+
+@pytest.mark.parametrize(
+    ("ratio", "mask"),
+    [
+        (1.0, "1111110001000100010001000100"),
+        (0.98, "1111110010010010010010010010"),
+        (0.97, "1111110101010101010101010101"),
+    ],
+)
+def test_magcache_masks(synthetic_profiles: Any, ratio: float, mask: str) -> None:
+    """The published masks for 28 steps and the threshold 0.06, where budgets lead there."""
+    ratios = np.where(np.arange(28) > 0, ratio, 1.0)
+    profile = synthetic_profiles.build(28, 8, token_ratio=ratios)
+    recipe = FEATURE_RECIPES["magcache"]
+    found = groups(profile, recipe)
+    kept = 1 - found[0].cost * mask.count("0")
+    if ratio == 1:  # nothing ever changes, and the recipe has no limit on skips in a row
+        assert computed(solve(profile, "magcache", kept)) == list(range(6))
+        return
+    plan = solve(profile, "magcache", kept)
+    assert "".join("01"[step in computed(plan)] for step in range(28)) == mask
+    assert plan.budget.reached == pytest.approx(kept)
+
+
+def test_ertacache_shortens_steps(synthetic_profiles: Any) -> None:
+    """As the paper does; the table's row leaves it out."""
+    profile = synthetic_profiles.build(8, 2)
+    recipe = replace(FEATURE_RECIPES["ertacache"], scale_steps=True)
+    plan = plan_features(profile, recipe, 0.6)
+    assert len(plan.dt_scale) == 8
+    assert plan.dt_scale[-1] == 1
+    keys = sorted(set(range(8)) - {entry.step for entry in plan.entries})
+    assert keys[-1] == 7
+    v = profile.statistics["output_l1"].mean
+    covered = 0.0
+    for step in range(7):
+        rest = (8 - covered) / (8 - step)
+        phi = 1.0
+        if step not in keys:
+            last = max(key for key in keys if key < step)
+            phi = float(np.clip(1 - v[step, step - last] / v[step + 1, 1], 0, 1))
+        assert plan.dt_scale[step] == pytest.approx(min(rest * phi, 4.0), abs=1e-9)
+        covered += rest * phi
+
+
+def test_problems_count_what_no_skip_saves(synthetic_profiles: Any) -> None:
+    profile = synthetic_profiles.build(10, 4)
+    recipe = FEATURE_RECIPES["bac"]
+    found = problem(profile, recipe, groups(profile, recipe), 0.5)
+    assert found.base.sum() == pytest.approx((20 + 4 * 10) / 420)
+    assert found.base.sum() + 10 * found.rate.sum() == pytest.approx(1)
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if n != "planned"])
+def test_budgets_that_are_too_small(synthetic_profiles: Any, name: str) -> None:
+    with pytest.raises(InfeasibleError, match="smallest feasible budget is") as error:
+        solve(synthetic_profiles.build(20, 4), name, 0.01)
+    assert str(error.value).endswith(".")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_models_without_the_sites_are_refused(synthetic_profiles: Any, name: str) -> None:
+    bare = synthetic_profiles.build(20, 4, only=lambda site: site.part in ("hidden", "model"))
+    sites = FEATURE_RECIPES[name].sites
+    if sites in ("whole", "model"):
+        plan_features(bare, FEATURE_RECIPES[name], 0.7)
+        return
+    with pytest.raises(UnsupportedError, match=r"caches .* choose a recipe for the whole model"):
+        plan_features(bare, FEATURE_RECIPES[name], 0.7)
+
+
+def test_sites_with_their_own_steps_need_one_denoiser(synthetic_profiles: Any) -> None:
+    profile = synthetic_profiles.build(20, 4, starts=(8,))
+    with pytest.raises(UnsupportedError, match='"bac" gives every site its own steps'):
+        solve(profile, "bac", 0.5)
+    for name in ("planned", "fora", "uniform", "smoothcache", "dpcache", "easycache"):
+        check(solve(profile, name, 0.7), 0.7)
+
+
+def test_short_lags(synthetic_profiles: Any) -> None:
+    """Nothing is served from farther back than was measured, or the recipe says so."""
+    profile = synthetic_profiles.build(20, 4, lags=3)
+    for name in NAMES:
+        for budget in (0.8, 0.5, 0.2):
+            try:
+                check(solve(profile, name, budget), budget)
+            except CacheplanError as error:
+                assert str(error).endswith(".")  # noqa: PT017
+                assert "bug" not in str(error)  # noqa: PT017
+
+
+def test_recipes_are_found_by_name() -> None:
+    assert find_feature_recipe("fora").name == "fora"
+    assert list(FEATURE_RECIPES) == [row.name for row in FEATURE_RECIPES.values()]
+    language = next(name for name in RECIPES if name not in FEATURE_RECIPES)
+    with pytest.raises(InputError, match='no recipe "foora": did you mean "fora"'):
+        find_feature_recipe("foora")
+    with pytest.raises(InputError, match="choose one of planned, uniform, fora"):
+        find_feature_recipe("zzz")
+    with pytest.raises(InputError, match=f'"{language}" is for language models: choose one of'):
+        find_feature_recipe(language)
+    with pytest.raises(InputError, match='"fora" is for diffusion models: choose one of'):
+        find_recipe("fora")
+    assert find_recipe(language).name == language
