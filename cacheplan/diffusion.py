@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from cacheplan.picture_verification import PictureVerification, Row
     from cacheplan.profilers.collect import Progress
 
-ABLATE, LAGS, TOKENS = 2, 16, 512
+ABLATE, LAGS, TOKENS = 4, 16, 512
 
 
 def profile_features(

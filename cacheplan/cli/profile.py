@@ -57,7 +57,7 @@ def profile(
         int | None,
         typer.Option(
             metavar="N",
-            help="Prompts on which each head is cut alone (8), or each step is skipped alone (2).",
+            help="Prompts on which each head is cut alone (8), or each step is skipped alone (4).",
         ),
     ] = None,
     lags: Annotated[
