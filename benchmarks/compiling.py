@@ -69,11 +69,11 @@ def _hooked(pipe: Any, install: Callable[[Any], None]) -> Iterator[None]:
 
     module = pipe.transformer
     install(module)
-    _set_cache_context(module, CacheContext("cond_uncond"))
 
     def fresh(loop: Loop) -> None:
         registry = HookRegistry.check_if_exists_or_initialize(module)
         registry.reset_stateful_hooks(recurse=True)
+        _set_cache_context(module, CacheContext("cond_uncond"))
 
     with watching(pipe, on_start=fresh):
         yield

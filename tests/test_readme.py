@@ -35,6 +35,22 @@ def test_readme_shows_the_measured_numbers_of_features() -> None:
     assert markdown.feature_headline(result) in " ".join(readme.split())
 
 
+def test_readme_shows_the_measured_graph_breaks() -> None:
+    result = json.loads((ROOT / "benchmarks" / "results" / "compiling.json").read_text())
+    readme = (ROOT / "README.md").read_text()
+    names = {
+        "null plan": "null plan",
+        "plan": "plan at 0.5",
+        "diffusers FirstBlockCache": "diffusers' FirstBlockCache",
+        "diffusers TaylorSeerCache": "diffusers' TaylorSeerCache",
+    }
+    for row in result["rows"]:
+        if row["arm"] in names:
+            breaks = " / ".join(str(row[kind]["graph_breaks"]) for kind in ("whole", "blocks"))
+            figures = f"{row['compute']:.2f} | {row['time']:.2f} | {breaks}"
+            assert f"| {names[row['arm']]} | {figures} |" in readme
+
+
 def test_feature_plans_count_the_flops_they_plan() -> None:
     result = json.loads((ROOT / "benchmarks" / "results" / "features.json").read_text())
     gated = {"fbcache", "dbcache", "easycache"}  # they promise nothing
