@@ -36,7 +36,13 @@ def load(name: str | None, *, device: str | None = None, dtype: str | None = Non
     `dtype` None is float32.  Raises InputError if it cannot be loaded and UnsupportedError if it
     has no denoiser.
     """
-    from diffusers import DiffusionPipeline
+    try:
+        from diffusers import DiffusionPipeline
+    except ImportError as error:
+        raise InputError(
+            f"Diffusion models need the package diffusers ({error}): "
+            'run `pip install "cacheplan[diffusion]"`.'
+        ) from error
 
     from cacheplan.zoo import EMBEDDED_DIFFUSION_MODEL, embedded_path
 

@@ -31,7 +31,13 @@ def load(name: str | None, *, device: str | None = None, dtype: str | None = Non
     `name` None means the embedded model.  `dtype` None takes the checkpoint's own.  Raises
     InputError if it cannot be loaded and UnsupportedError if plans cannot run on it.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    try:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+    except ImportError as error:
+        raise InputError(
+            f"Language models need the package transformers ({error}): "
+            'run `pip install "cacheplan[llm]"`.'
+        ) from error
 
     from cacheplan.zoo import EMBEDDED_LANGUAGE_MODEL, embedded_path
 

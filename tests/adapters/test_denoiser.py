@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections import defaultdict
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -209,6 +211,19 @@ def test_loading(tiny_pipeline: Any, tmp_path: Path) -> None:
     assert describe(loaded, call).id == str(tmp_path)
     assert replace(spec, id="") == replace(describe(loaded, call), id="")
     assert load(str(tmp_path), dtype="bfloat16").transformer.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("adapter", "package", "extra"),
+    [("denoiser", "diffusers", "diffusion"), ("language", "transformers", "llm")],
+)
+def test_a_missing_package_is_told(
+    adapter: str, package: str, extra: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    module = import_module(f"cacheplan.adapters.{adapter}")
+    with pytest.raises(InputError, match=rf"need the package {package}.*cacheplan\[{extra}\]"):
+        module.load(None)
 
 
 @pytest.mark.parametrize(
