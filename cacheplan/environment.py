@@ -27,11 +27,16 @@ def installed_versions(*others: str) -> tuple[tuple[str, str], ...]:
 def environment() -> dict[str, Any]:
     """What a benchmark's JSON says about where its numbers come from."""
     return {
-        "command": " ".join(["python", *sys.argv]),
+        "command": " ".join(["python", *map(_named, sys.argv)]),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "device": f"{_processor()}, {os.cpu_count()} cores",
-        "versions": dict(installed_versions()),
+        "versions": dict(installed_versions("diffusers")),
     }
+
+
+def _named(argument: str) -> str:
+    """An argument as others can use it: of an absolute path only the name."""
+    return Path(argument).name if Path(argument).is_absolute() else argument
 
 
 def _processor() -> str:

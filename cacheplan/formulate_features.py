@@ -79,7 +79,8 @@ def plan_features(profile: FeatureProfile, recipe: FeatureRecipe, kept: float) -
 def _planned(profile: FeatureProfile, recipe: FeatureRecipe, kept: float) -> Planned:
     serving = plan_steps(profile, forced_steps(profile, recipe), kept)
     gap = relative_gap(serving.damage, serving.bound)
-    steps, partial = int(serving.computed.sum()), _partial(profile, serving.served)
+    steps = int(serving.computed.sum())
+    partial = int((serving.served > 1).sum())  # after the whole and the model come the tails
     words = f" {steps} steps computed whole, {partial} in part."
     return Planned(
         entries=serving_entries(profile, serving),
@@ -95,10 +96,6 @@ def _planned(profile: FeatureProfile, recipe: FeatureRecipe, kept: float) -> Pla
         predicted_error=serving.damage,
         reached=serving.rate,
     )
-
-
-def _partial(profile: FeatureProfile, served: NDArray[np.int64]) -> int:
-    return int((served > 1).sum())  # after the whole and the model come the tails
 
 
 def predict(

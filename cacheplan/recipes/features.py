@@ -90,7 +90,7 @@ _ROWS = (
     FeatureRecipe(
         name="ertacache",
         summary="threshold on the model's residual, and a scalar correction",
-        paper="Peng et al. 2025, arXiv 2508.21091 (without its shortened steps, which did harm)",
+        paper="Peng et al. 2025, arXiv 2508.21091 (without its shortened steps)",
         sites="model",
         schedule="threshold",
         cost="l1",

@@ -5,7 +5,7 @@ computed steps with least squares weights: the whole model (free), the last hidd
 denoiser's ends stay fresh), or the tail of the blocks (the first blocks are computed: a partial
 step).  The damage of a choice is how far the final latent moves: the square root of the site's
 error times the sensitivity at that step.  Damages add up, since errors of one schedule point the
-same way; adding their squares predicted errors several times too small.
+same way; adding their squares predicts too little.
 
 With a multiplier m for the budget the choice of a step is `min_o damage_o + m * rate_o`, and the
 computed steps are a shortest path over pairs of keys.  The best m for each number of computed

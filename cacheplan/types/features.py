@@ -47,7 +47,7 @@ class FeatureEntry:
 class Gate:
     """A guard at planned skips: it may turn one into a computation, never the other way round.
 
-    `signal` is what is measured ("first_block", "forecast", "secant", "modulation"), and the
+    `signal` is what is measured ("first_block", "forecast", "secant"), and the
     feature is computed where it exceeds `threshold`.  `accumulate` says whether the signal is
     summed over the steps since the last computation.  No more than `max_consecutive` steps in a
     row are skipped, none of the first `warmup` and the last `protect_last`.  `blocks` is how many

@@ -33,9 +33,9 @@ class FeatureRecipe:
     """Name, paper, and the cells it is made of.
 
     `sites` are what is cached: "parts" (attention, mlp ... of every block), "blocks" (each
-    block's delta), "tail" (the delta of all blocks but the first `head`), "whole" (the last
-    hidden state; a UNet's branch) or "model" (the model's delta).  `share` says which of them
-    follow one schedule: "all", "type" (parts of one name) or "site".
+    block's delta), "stack" and "tail" (the delta of all blocks, or of all but the first `head`),
+    "whole" (the last hidden state; a UNet's branch) or "model" (the model's delta).  `share` says
+    which of them follow one schedule: "all", "type" (parts of one name) or "site".
 
     `schedule` chooses the computed steps: "interval" (evenly spread), "path" (shortest path over
     `cost`), "recurrence" (DPCache's), "lookahead", "threshold", "magnitude", "mask" (fixed bins),

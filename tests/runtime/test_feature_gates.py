@@ -238,7 +238,7 @@ def test_gates_that_cannot_decide_are_refused(
         (wan, [entry("mlp", 0, 1, 1)], gate("first_block", 0.1), "runs the first 1 blocks"),
         (wan, [entry("model", 0, 3, 1)], gate("forecast", 0.1), "leaves out model at step 1"),
         (wan, [entry("mlp", 2, 3, 1)], gate("first_block", 0.1, blocks=3), "plan later blocks"),
-        (wan, [], gate("modulation", 0.1), "supported is first_block, forecast or secant"),
+        (wan, [], gate("modulation", 0.1), "supported is one of first_block, forecast, secant"),
         (wan, [], gate("secant", 0.1, accumulate="product"), "supported is none or sum"),
         (unet, [entry("branch", 1, 6, 1)], gate("first_block", 0.1), "is a UNet"),
     ]
