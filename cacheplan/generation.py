@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from cacheplan.errors import InputError
 from cacheplan.inputs import prompts_for
+from cacheplan.placement import Placement
 from cacheplan.types import Plan
 
 
@@ -38,22 +39,24 @@ def generate(
     device: str | None = None,
     dtype: str | None = None,
     on_text: Callable[[str], None] | None = None,
+    placement: Placement | None = None,
 ) -> Generation:
     """Generate a continuation of `prompt` under the plan.
 
     Without a prompt, the embedded model gets its first held-out one.  Text goes to `on_text` as
-    it appears.
+    it appears.  `placement` divides a large model over devices.
     """
     import torch
 
     from cacheplan.adapters.language import load
+    from cacheplan.adapters.offloading import input_device
     from cacheplan.plans.check import kv_only
     from cacheplan.plans.rows import full_bytes
     from cacheplan.runtime.install import apply
     from cacheplan.runtime.stream import TextStream
 
     plan = kv_only(plan, "generate")
-    loaded = load(model or plan.model.id, device=device, dtype=dtype)
+    loaded = load(model or plan.model.id, device=device, dtype=dtype, placement=placement)
     if prompt is None:
         first = prompts_for(loaded, None, "heldout", 0.8, 1)[0]
         ids = [*first.context, *first.continuation[: (first.answers or ((1, 2),))[0][0]]]
@@ -67,7 +70,7 @@ def generate(
             f"The prompt has {len(ids)} tokens and {max_new_tokens} are to follow, but the model "
             f"reads {longest}: shorten the prompt or lower --max-new-tokens."
         )
-    inputs = torch.tensor([ids], device=loaded.model.device)
+    inputs = torch.tensor([ids], device=input_device(loaded.model))
     stream = TextStream(loaded.tokenizer, on_text or (lambda text: None))
     torch.manual_seed(seed)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {}
@@ -82,7 +85,7 @@ def generate(
         )
         ended = time.perf_counter()
     cache = caches[-1]
-    size = cache.layers[0].rows.keys.element_size()
+    size = cache.element_size
     prefill = (stream.first_at or ended) - started
     return Generation(
         prompt=loaded.tokenizer.decode(ids, skip_special_tokens=True),
@@ -93,6 +96,6 @@ def generate(
         decode_seconds=ended - started - prefill,
         planned_bytes=cache.planned_bytes,
         measured_bytes=cache.nbytes,
-        full_bytes=full_bytes(plan.model, cache.layers[0].seen, size),
+        full_bytes=full_bytes(plan.model, cache.tokens[0], size),
         path=cache.path,
     )

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from cacheplan.adapters.attention import attending
+from cacheplan.adapters.offloading import input_device
 from cacheplan.plans.rows import full_bytes
 from cacheplan.profilers.collect import Progress
 from cacheplan.profilers.divergence import kl_divergence
@@ -47,7 +48,7 @@ def measure_damage(
         if progress:
             progress(number, len(prompts), "verifying")
         C = len(prompt.context)
-        ids = torch.tensor([prompt.context + prompt.continuation], device=model.device)
+        ids = torch.tensor([prompt.context + prompt.continuation], device=input_device(model))
         reference = model(input_ids=ids, use_cache=False).logits[0, C:-1]
         logits, cache = _planned_logits(model, plan, ids, C)
         planned += cache[0]
@@ -86,10 +87,10 @@ def _planned_logits(
     model: Any, plan: KVPlan, ids: Tensor, context: int
 ) -> tuple[Tensor, tuple[int, int, int]]:
     """Logits of the continuation under the plan; planned, measured and element bytes after it."""
-    cache = PlanCache(plan)
+    cache = PlanCache(plan, model)
     with attending(model):
         model.get_decoder()(input_ids=ids[:, :context], past_key_values=cache, use_cache=True)
-        size = cache.layers[0].rows.keys.element_size()
+        size = cache.element_size
         sizes = cache.planned_bytes, cache.nbytes, size
         rest = ids[:, context:-1]
         step = plan.trigger.decode_every or rest.shape[1]

@@ -9,6 +9,7 @@ from cacheplan.plans.rules import COUNT, check_budget, check_certificate, need, 
 from cacheplan.plans.rules_kv import check_damage, check_entry, check_geometry
 from cacheplan.types import (
     FULL_ATTENTION,
+    AccumulatedAttention,
     Entry,
     KVAction,
     KVPlan,
@@ -58,29 +59,38 @@ def check_runnable_kv(plan: KVPlan) -> None:
                 refuse(f"{at}.{name}.format", precision.format, '"model"')
         if action.rank is not None:
             refuse(f"{at}.rank", action.rank, "none (all channels)")
-        if plan.trigger.decode_every is not None and isinstance(action.scorer, WindowAttention):
-            refuse(
-                f"{at}.scorer.name",
-                action.scorer.name,
-                "any other scorer where trigger.decode_every is set, "
-                "because the window belongs to the prompt",
-            )
-        if plan.trigger.decode_every is not None and action.share != "head":
-            refuse(f"{at}.share", action.share, '"head" where trigger.decode_every is set')
-        if plan.trigger.decode_every is not None and action.split != "equal":
-            refuse(f"{at}.split", action.split, '"equal" where trigger.decode_every is set')
-        kind = plan.model.layer_kinds[entry.site.layer]
-        if kind != FULL_ATTENTION and (action.keep < 1 or plan.budget.max_rows is not None):
-            refuse(f"{at}.keep", action.keep, f"1 without max_rows in a layer of {kind}")
+        if plan.trigger.decode_every is not None:
+            _check_while_decoding(action, at)
+
+
+def _check_while_decoding(action: KVAction, at: str) -> None:
+    """What cannot be ranked from the newest tokens alone."""
+    scorer = action.scorer
+    if isinstance(scorer, WindowAttention) and scorer.window > 1:
+        refuse(
+            f"{at}.scorer.window",
+            scorer.window,
+            "1, or another scorer, where trigger.decode_every is set, "
+            "because the window belongs to the prompt",
+        )
+    if isinstance(scorer, AccumulatedAttention) and scorer.mean:
+        refuse(f"{at}.scorer.mean", scorer.mean, "false where trigger.decode_every is set")
+    if action.split != "equal":
+        refuse(f"{at}.split", action.split, '"equal" where trigger.decode_every is set')
 
 
 def _check_coverage(entries: tuple[Entry, ...], model: LanguageSpec) -> None:
-    """Each kv head of each layer once; the entries are sorted, without repetition."""
-    heads: list[list[int | None]] = [[] for _ in model.layer_kinds]
-    for entry in entries:
+    """Each kv head of each planned layer once; the entries are sorted, without repetition."""
+    heads: dict[int, list[int | None]] = {layer: [] for layer in model.planned}
+    for index, entry in enumerate(entries):
         if entry.site.target == "kv":
+            if entry.site.layer not in heads:
+                raise PlanError(
+                    f"entries[{index}] names layer {entry.site.layer}, whose kind is "
+                    f"{model.layer_kinds[entry.site.layer]}, expected a layer of {FULL_ATTENTION}"
+                )
             heads[entry.site.layer].append(entry.site.head)
-    for layer, found in enumerate(heads):
+    for layer, found in heads.items():
         if found == [None] or (None not in found and len(found) == model.kv_heads):
             continue
         if None in found:

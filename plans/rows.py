@@ -82,7 +82,7 @@ def cache_bytes(plan: KVPlan, length: int, element_size: int, generated: int = 0
 
 def full_bytes(spec: LanguageSpec, length: int, element_size: int) -> int:
     """Bytes of the full cache of one sequence of `length` tokens."""
-    return spec.layers * spec.kv_heads * length * spec.token_width * element_size
+    return spec.rows * length * spec.token_width * element_size
 
 
 def _evicted(plan: KVPlan, length: int, generated: int) -> tuple[Integers, int]:
@@ -141,7 +141,7 @@ def _round(target: Floats, cost: Integers, total: int) -> Integers:
 
 
 def _too_little(plan: KVPlan, weight: Floats, length: int) -> str:
-    heads, most = plan.model.layers * plan.model.kv_heads, plan.budget.max_rows
+    heads, most = plan.model.rows, plan.budget.max_rows
     if most is not None and most < heads:
         return (
             f"the budget {plan.budget.asked} leaves {most} rows to {heads} heads, "

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @overload
 def apply(
-    model: Any, plan: KVPlan, *, cache_memory: int | None = None
+    model: Any, plan: KVPlan, *, prefill_chunk: int | None = None
 ) -> AbstractContextManager[deque[PlanCache]]: ...
 @overload
 def apply(
@@ -24,18 +24,19 @@ def apply(
 ) -> AbstractContextManager[FeatureReport]: ...
 @overload
 def apply(
-    model: Any, plan: Plan, *, cache_memory: int | None = None
+    model: Any, plan: Plan, *, cache_memory: int | None = None, prefill_chunk: int | None = None
 ) -> AbstractContextManager[deque[PlanCache] | FeatureReport]: ...
 
 
 def apply(
-    model: Any, plan: Plan, *, cache_memory: int | None = None
+    model: Any, plan: Plan, *, cache_memory: int | None = None, prefill_chunk: int | None = None
 ) -> AbstractContextManager[Any]:
     """Make every call of a language model or diffusion pipeline follow `plan` until the block ends.
 
     The `with` statement yields, for a language model, a queue that holds the newest cache
-    (`language.apply_cache`), and for a pipeline a report of the newest run, whose kept features
-    may take `cache_memory` bytes (`features.apply.apply_features`).
+    (`language.apply_cache`; prompts may be read in pieces of `prefill_chunk` tokens), and for a
+    pipeline a report of the newest run, whose kept features may take `cache_memory` bytes
+    (`features.apply.apply_features`).
 
     Raises ModelMismatchError if the plan was made for another model, UnsupportedError if the
     model or the plan is outside what the runtime does.
@@ -43,6 +44,11 @@ def apply(
     if isinstance(plan, FeaturePlan):
         from cacheplan.runtime.features.apply import apply_features
 
+        if prefill_chunk is not None:
+            raise InputError(
+                f"prefill_chunk={prefill_chunk} was given with a plan for a diffusion model, which "
+                "reads no prompt in pieces: leave it out."
+            )
         return apply_features(model, plan, cache_memory=cache_memory)
     if cache_memory is not None:
         raise InputError(
@@ -51,4 +57,4 @@ def apply(
         )
     from cacheplan.runtime.language import apply_cache
 
-    return apply_cache(model, plan)
+    return apply_cache(model, plan, prefill_chunk=prefill_chunk)

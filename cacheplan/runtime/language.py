@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from transformers import DynamicCache
@@ -12,12 +12,16 @@ from transformers import DynamicCache
 from cacheplan.adapters.attention import AttendingCache, attending, check_attention
 from cacheplan.adapters.language import describe
 from cacheplan.errors import UnsupportedError
+from cacheplan.plans.check import check_model
 from cacheplan.runtime.cache import PlanCache
+from cacheplan.runtime.prefill import prompt_in_pieces
 from cacheplan.types import KVPlan
 
 
 @contextmanager
-def apply_cache(model: Any, plan: KVPlan) -> Iterator[deque[PlanCache]]:
+def apply_cache(
+    model: Any, plan: KVPlan, *, prefill_chunk: int | None = None
+) -> Iterator[deque[PlanCache]]:
     """Make every generation of `model` follow `plan` until the block ends.
 
     A forward call without a cache, or with an empty stock one as `generate` makes, gets a
@@ -26,15 +30,17 @@ def apply_cache(model: Any, plan: KVPlan) -> Iterator[deque[PlanCache]]:
     `past_key_values` passes `PlanCache(plan)` instead.  Leaving the block restores
     attention and hooks exactly.
 
-    The first call on an empty cache is taken for the whole prompt: do not hand `generate` a
+    `prefill_chunk` reads prompts in pieces of that many tokens and evicts after each, so that
+    memory never holds more than the plan's cache and one piece (`runtime.prefill`).  Without it
+    the first call on an empty cache is taken for the whole prompt: do not hand `generate` a
     `prefill_chunk_size`, whose later chunks look like a second turn and would all stay.
 
     Raises ModelMismatchError if the plan was made for another model, UnsupportedError if the
     model or the plan is outside what the runtime does.
     """
     check_attention(model)
-    spec = describe(model)
-    PlanCache(plan, spec)  # refuse here, not at the first forward call
+    check_model(plan, describe(model))
+    PlanCache(plan, model)  # refuse here, not at the first forward call
     _refuse_generation_settings(model)
     decoder = model.get_decoder()
     made: deque[PlanCache] = deque(maxlen=1)  # a server must not collect its caches
@@ -48,20 +54,19 @@ def apply_cache(model: Any, plan: KVPlan) -> Iterator[deque[PlanCache]]:
                 f"A {type(past).__name__} holding {past.get_seq_length()} tokens was passed while "
                 "a plan is applied, which would bypass it: pass PlanCache(plan) or no cache."
             )
-        made.append(PlanCache(plan))
+        made.append(PlanCache(plan, model))
         return args, {**kwargs, "past_key_values": made[-1]}
 
-    with attending(model):
-        hook = decoder.register_forward_pre_hook(give_cache, with_kwargs=True)
-        try:
-            yield made
-        finally:
-            hook.remove()
+    with attending(model), ExitStack() as hooks:
+        hooks.callback(decoder.register_forward_pre_hook(give_cache, with_kwargs=True).remove)
+        hooks.enter_context(prompt_in_pieces(model, prefill_chunk))
+        yield made
 
 
 def _refuse_generation_settings(model: Any) -> None:
     settings = getattr(model, "generation_config", None)
     if getattr(settings, "prefill_chunk_size", None):
         raise UnsupportedError(
-            "Chunked prefill cannot run a cache plan yet: set prefill_chunk_size=None."
+            "transformers' chunked prefill does not tell a plan where the prompt ends: set "
+            "prefill_chunk_size=None and apply the plan with prefill_chunk."
         )

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -12,21 +15,30 @@ class RaggedRows:
     """Pools `[N, D]` in which each (batch entry, kv head) owns one stretch of tokens.
 
     After `keep` the pools hold exactly the kept tokens.  Appending takes slack of `SLACK`
-    tokens a row at a time, so most steps copy only the new tokens.  `state` is an optional
-    float32 number per token (accumulated scores) that moves along.
+    tokens a row at a time, so most steps write only the new tokens, in place.  `state` is an
+    optional float32 number per token (accumulated scores) that moves along.
     """
 
-    def __init__(self, key: Tensor, value: Tensor) -> None:
-        """Take keys `[B, K, S, D]` and values `[B, K, S, Dv]` as B * K rows of S tokens."""
+    def __init__(self, key: Tensor, value: Tensor, valid: list[Tensor] | None = None) -> None:
+        """Take keys `[B, K, S, D]` and values `[B, K, S, Dv]` as B * K rows.
+
+        `valid` are the tokens to take of every batch entry; None takes all, without a copy.
+        """
         B, K, S, _ = key.shape
         self.batch, self.heads = B, K
-        self.keys = key.reshape(B * K * S, -1)
-        self.values = value.reshape(B * K * S, -1)
+        self.keys, self.values = _flat(key, valid), _flat(value, valid)
         self.state: Tensor | None = None
-        self.lengths = [S] * (B * K)
-        self.capacity = [S] * (B * K)
-        self.offsets = _starts(self.capacity)
-        self.appended = 0  # tokens every row has taken since the pools were last exact
+        counts = [S] * B if valid is None else [len(tokens) for tokens in valid]
+        self._exact([count for count in counts for _ in range(K)])
+
+    def _exact(self, lengths: list[int]) -> None:
+        """The pools hold these rows and nothing else."""
+        self.lengths, self.capacity = lengths, list(lengths)
+        self.offsets = _starts(lengths)
+        self._ends = torch.tensor(
+            [o + n for o, n in zip(self.offsets, lengths, strict=True)], device=self.keys.device
+        )
+        self.appended = [0] * self.batch  # tokens since then, the most there have been
 
     @property
     def nbytes(self) -> int:
@@ -49,54 +61,125 @@ class RaggedRows:
     def row(self, r: int) -> slice:
         return slice(self.offsets[r], self.offsets[r] + self.lengths[r])
 
-    def append(self, key: Tensor, value: Tensor) -> None:
-        """Add T tokens `[B, K, T, D]` to the end of every row."""
-        rows, T = self.batch * self.heads, key.shape[2]
-        if any(n + T > c for n, c in zip(self.lengths, self.capacity, strict=True)):
-            self._grow(T)
-        new_keys, new_values = key.reshape(rows, T, -1), value.reshape(rows, T, -1)
-        if self.rectangular:
-            n, shape = self.lengths[0], (rows, self.capacity[0], -1)
-            self.keys.view(shape)[:, n : n + T] = new_keys
-            self.values.view(shape)[:, n : n + T] = new_values
+    def of_entry(self, b: int) -> range:
+        """The rows of one batch entry, by kv head."""
+        return range(b * self.heads, (b + 1) * self.heads)
+
+    def together(self, rows: list[int]) -> tuple[Tensor, Tensor]:
+        """Keys and values `[len(rows), n, D]` of rows of one length n; views where they can be."""
+        length, start = self.lengths[rows[0]], self.offsets[rows[0]]
+        steps = {self.offsets[b] - self.offsets[a] for a, b in pairwise(rows)}
+        if len(steps) < 2 and min(steps, default=0) >= 0:
+            step = min(steps, default=0)
+            return tuple(  # type: ignore[return-value]
+                pool[start:].as_strided(
+                    (len(rows), length, pool.shape[1]),
+                    (step * pool.stride(0), pool.stride(0), pool.stride(1)),
+                )
+                for pool in (self.keys, self.values)
+            )
+        places = [self.row(r) for r in rows]
+        return (
+            torch.stack([self.keys[place] for place in places]),
+            torch.stack([self.values[place] for place in places]),
+        )
+
+    def append(self, key: Tensor, value: Tensor, valid: list[Tensor] | None = None) -> None:
+        """Add the T tokens `[B, K, T, D]`, or the `valid` ones of each entry, to its rows' ends."""
+        T = key.shape[2]
+        counts = [T] * self.batch if valid is None else [len(tokens) for tokens in valid]
+        new = [count for count in counts for _ in range(self.heads)]
+        if any(n + t > c for n, t, c in zip(self.lengths, new, self.capacity, strict=True)):
+            self._grow(counts)
+        if valid is None:
+            place = (self._ends[:, None] + torch.arange(T, device=self._ends.device)).flatten()
         else:
-            ends = torch.tensor(self.offsets) + torch.tensor(self.lengths)
-            place = (ends[:, None] + torch.arange(T)).flatten().to(self.keys.device)
-            self.keys[place] = new_keys.flatten(0, 1)
-            self.values[place] = new_values.flatten(0, 1)
-        self.lengths = [n + T for n in self.lengths]
-        self.appended += T
+            place = _spans(self._ends.tolist(), new, self._ends.device)
+        self.keys[place] = _flat(key, valid)
+        self.values[place] = _flat(value, valid)
+        if self.state is not None:
+            self.state[place] = 0.0
+        before = self._held_since()
+        self.lengths = [n + t for n, t in zip(self.lengths, new, strict=True)]
+        self._ends += T if valid is None else torch.tensor(new, device=self._ends.device)
+        held = [b + t for b, t in zip(before, counts, strict=True)]
+        self.appended = [max(most, now) for most, now in zip(self.appended, held, strict=True)]
+
+    def drop_newest(self, tokens: int) -> None:
+        """Take back the last `tokens` of every row; their room stays."""
+        if tokens > min(self._held_since()):
+            raise ValueError(
+                f"{tokens} tokens are to be dropped, {min(self._held_since())} are new"
+            )
+        self.lengths = [n - tokens for n in self.lengths]
+        self._ends -= tokens
 
     def keep(self, kept: list[Tensor]) -> None:
         """Keep only the given tokens of every row (ascending indices) and free the rest."""
         if self.capacity == [len(k) for k in kept]:
             return
-        index = torch.cat([k + o for k, o in zip(kept, self.offsets, strict=True)])
-        self.keys = self.keys[index]
-        self.values = self.values[index]
+        self._gather(torch.cat([k + o for k, o in zip(kept, self.offsets, strict=True)]))
+        self._exact([len(k) for k in kept])
+
+    def select(self, entries: Sequence[int]) -> None:
+        """Batch entries in this order, repeated or left out."""
+        rows = [r for b in entries for r in self.of_entry(b)]
+        capacity, lengths = [self.capacity[r] for r in rows], [self.lengths[r] for r in rows]
+        appended = [self.appended[b] for b in entries]
+        offsets = [self.offsets[r] for r in rows]
+        self._gather(_spans(offsets, capacity, self.keys.device))
+        self.batch = len(entries)
+        self._exact(capacity)
+        self.lengths, self.appended = lengths, appended
+        self._ends = self._ends.new_tensor(
+            [o + n for o, n in zip(self.offsets, lengths, strict=True)]
+        )
+
+    def _held_since(self) -> list[int]:
+        """Tokens appended to each entry since the pools were exact, and not dropped again."""
+        first = [self.of_entry(b)[0] for b in range(self.batch)]
+        return [
+            self.lengths[r] - self.capacity[r] + SLACK * -(-most // SLACK)
+            for r, most in zip(first, self.appended, strict=True)
+        ]
+
+    def _gather(self, index: Tensor) -> None:
+        index = index.to(self.keys.device)
+        self.keys, self.values = self.keys[index], self.values[index]
         if self.state is not None:
             self.state = self.state[index]
-        self.lengths = [len(k) for k in kept]
-        self.capacity = list(self.lengths)
-        self.offsets = _starts(self.capacity)
-        self.appended = 0
 
-    def _grow(self, tokens: int) -> None:
-        more = SLACK * (-(-(self.appended + tokens) // SLACK) + -self.appended // SLACK)
-        capacity = [c + more for c in self.capacity]
-        offsets = _starts(capacity)
+    def _grow(self, new: list[int]) -> None:
+        held = self._held_since()
+        most = [max(a, h + t) for a, h, t in zip(self.appended, held, new, strict=True)]
+        more = [_blocks(now) - _blocks(then) for now, then in zip(most, self.appended, strict=True)]
+        capacity = [c + more[r // self.heads] for r, c in enumerate(self.capacity)]
+        offsets, device = _starts(capacity), self.keys.device
+        old = _spans(self.offsets, self.lengths, device)
+        place = _spans(offsets, self.lengths, device)
         total = sum(capacity)
-        old = torch.cat(
-            [torch.arange(s.start, s.stop) for s in map(self.row, range(len(capacity)))]
-        )
-        shift = torch.tensor(offsets) - torch.tensor(self.offsets)
-        new = old + shift.repeat_interleave(torch.tensor(self.lengths))
-        old, new = old.to(self.keys.device), new.to(self.keys.device)
-        self.keys = _moved(self.keys, old, new, total)
-        self.values = _moved(self.values, old, new, total)
+        self.keys = _moved(self.keys, old, place, total)
+        self.values = _moved(self.values, old, place, total)
         if self.state is not None:
-            self.state = _moved(self.state, old, new, total)
-        self.capacity, self.offsets = capacity, offsets
+            self.state = _moved(self.state, old, place, total)
+        self._ends += torch.tensor(offsets, device=device) - torch.tensor(
+            self.offsets, device=device
+        )
+        self.capacity, self.offsets, self.appended = capacity, offsets, most
+
+
+def _blocks(tokens: int) -> int:
+    return SLACK * -(-tokens // SLACK)
+
+
+def _flat(tensor: Tensor, valid: list[Tensor] | None) -> Tensor:
+    """`[B, K, S, D]` as a pool `[N, D]` of its valid tokens."""
+    width = tensor.shape[-1]
+    if valid is None:
+        return tensor.reshape(-1, width)
+    return torch.cat(
+        [entry[:, own].reshape(-1, width) for entry, own in zip(tensor, valid, strict=True)]
+    )
 
 
 def _starts(capacity: list[int]) -> list[int]:
@@ -105,6 +188,13 @@ def _starts(capacity: list[int]) -> list[int]:
         starts.append(at)
         at += size
     return starts
+
+
+def _spans(starts: Sequence[int], counts: Sequence[int], device: torch.device) -> Tensor:
+    """`starts[r], starts[r] + 1, ...`, `counts[r]` of them, row after row."""
+    first, count = torch.tensor(starts), torch.tensor(counts)
+    before = count.cumsum(0) - count
+    return ((first - before).repeat_interleave(count) + torch.arange(int(count.sum()))).to(device)
 
 
 def _moved(pool: Tensor, old: Tensor, new: Tensor, total: int) -> Tensor:

@@ -13,8 +13,12 @@ class LanguageSpec:
     """Identity and cache geometry of a language model.
 
     `digest` covers the configuration and a sample of every weight, so a fine-tuned model does
-    not pass for its base.  Widths are taken from the key and value tensors' own last dimension:
-    multi-head latent attention stores unequal ones.
+    not pass for its base.  Heads and widths are those of the planned layers' key and value tensors,
+    not of the configuration.
+
+    Plans are for layers that see the whole text ("full_attention"); layers of any other kind
+    (sliding windows, recurrent states, layers that read another's cache) keep the library's own
+    cache, which does not grow with the text.
     """
 
     family: ClassVar[str] = "language"
@@ -32,6 +36,16 @@ class LanguageSpec:
     @property
     def layers(self) -> int:
         return len(self.layer_kinds)
+
+    @property
+    def planned(self) -> tuple[int, ...]:
+        """The layers that plans are for, ascending: the axis "layer" of a profile's statistics."""
+        return tuple(i for i, kind in enumerate(self.layer_kinds) if kind == FULL_ATTENTION)
+
+    @property
+    def rows(self) -> int:
+        """Pairs of planned layer and kv head."""
+        return len(self.planned) * self.kv_heads
 
     @property
     def token_width(self) -> int:

@@ -185,6 +185,11 @@ def other(target: str, action: Action, **place: int) -> Change:
             "entries[3] is kv of layer 1 after kv of layer 1, "
             "expected each site once, sorted by layer, target and head",
         ),
+        (
+            part("model", layer_kinds=("sliding_attention", "full_attention", "full_attention")),
+            "entries[0] names layer 0, whose kind is sliding_attention, "
+            "expected a layer of full_attention",
+        ),
         (put(1), "entries name 1 kv heads of layer 0, expected all 2 of them"),
         (put(2), "entries name 0 kv heads of layer 1, expected all 2 of them"),
         (
@@ -242,13 +247,8 @@ def test_a_model_of_absurd_size_is_refused_quickly() -> None:
         ),
         (
             part("trigger", decode_every=32),
-            'entries[0].action.scorer.name is "window_attention", which cannot be run yet; '
-            "supported is any other scorer where trigger.decode_every is set",
-        ),
-        (
-            part("model", layer_kinds=("full_attention", "sliding_attention", "full_attention")),
-            "entries[2].action.keep is 0.35, which cannot be run yet; "
-            "supported is 1 without max_rows in a layer of sliding_attention",
+            "entries[0].action.scorer.window is 32, which cannot be run yet; "
+            "supported is 1, or another scorer, where trigger.decode_every is set",
         ),
     ],
 )

@@ -96,7 +96,7 @@ def plans(draw: st.DrawFn) -> KVPlan:
         st.builds(
             LanguageSpec,
             id=st.text(),
-            layer_kinds=kinds.map(tuple),
+            layer_kinds=kinds.map(lambda some: ("full_attention", *some[1:])),
             query_heads=counts,
             kv_heads=st.just(heads),
             key_width=counts,
@@ -106,7 +106,9 @@ def plans(draw: st.DrawFn) -> KVPlan:
     )
     entries: list[Entry] = []
     for layer in range(layers):
-        if draw(st.booleans()):
+        if layer not in model.planned:
+            pass
+        elif draw(st.booleans()):
             action = draw(kv)
             changes: Any = draw(st.sampled_from([{}, {"share": "layer"}, {"split": "adaptive"}]))
             entries.append(Entry(site=Site(layer=layer), action=replace(action, **changes)))
