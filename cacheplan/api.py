@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, TypeVar, cast, overload
 
 from cacheplan import diffusion, language
 from cacheplan.drawing import Drawing, draw
 from cacheplan.errors import InputError
 from cacheplan.generation import Generation, generate
+from cacheplan.placement import Placement
 from cacheplan.plans.io import read_plan as load_plan
 from cacheplan.plans.io import write_plan as save_plan
+from cacheplan.processes import ALONE, Processes, launched
 from cacheplan.types import (
     DiffusionSpec,
     FeaturePlan,
@@ -31,20 +33,26 @@ if TYPE_CHECKING:
 __all__ = [
     "Drawing",
     "Generation",
+    "Placement",
+    "Processes",
     "compare",
     "draw",
     "family_of",
     "generate",
+    "launched",
     "load_plan",
     "load_profile",
     "merge",
     "profile",
+    "refine",
     "save_plan",
     "solve",
     "verify",
 ]
 
 FAMILIES = (LanguageSpec.family, DiffusionSpec.family)
+
+AnyPlan = TypeVar("AnyPlan", bound=Plan)
 
 
 def family_of(model: str | None, family: str | None = None) -> str:
@@ -77,18 +85,22 @@ def profile(
     settings: Mapping[str, Any] | None = None,
     lags: int | None = None,
     tokens: int | None = None,
+    processes: Processes = ALONE,
+    placement: Placement | None = None,
 ) -> Profile | None:
     """Measure a model on calibration prompts and write the profile to `out`.
 
     A run that was interrupted goes on where it stopped (`out` with the suffix `.part`).  With
     `shard=(i, n)`, only every n-th prompt from the i-th is measured; `merge` joins the files,
-    and None is returned.
+    and None is returned.  With `processes=launched()` under torchrun, the processes divide the
+    prompts; the first writes the profile and returns it, the others return None.
 
     `family` is "language" or "diffusion"; a folder tells by itself.  The first `ablate` prompts
     (8, or 2 in diffusion) are run again with one thing cached at a time.  For language models,
     `split` is the share of a plain text that is context (0.8).  For diffusion models, `settings`
     are those of the pipeline's call (`{"num_inference_steps": 30}`), features are compared up to
-    `lags` steps back (16) at up to `tokens` tokens (512).
+    `lags` steps back (16) at up to `tokens` tokens (512).  A language model too large for one
+    device is divided over several by `placement`.
     """
     common: dict[str, Any] = {
         "out": out,
@@ -97,14 +109,20 @@ def profile(
         "ablate": ablate,
         "seed": seed,
         "shard": shard,
-        "device": device,
+        "device": processes.device(device),
         "dtype": dtype,
         "progress": progress,
+        "processes": processes,
     }
+    if placement is not None and processes.size > 1:
+        raise InputError(
+            "A device map divides one model over the devices, of which torchrun gives each process "
+            "its own: leave out torchrun, or start one process per --shard."
+        )
     if family_of(model, family) == LanguageSpec.family:
         _only("diffusion", settings=settings or None, lags=lags, tokens=tokens)
-        return language.profile_language(model, split=split, **common)
-    _only("language", split=split)
+        return language.profile_language(model, split=split, placement=placement, **common)
+    _only("language", split=split, device_map=placement)
     return diffusion.profile_features(
         model, settings=settings or {}, lags=lags, tokens=tokens, **common
     )
@@ -182,6 +200,61 @@ def solve(
     return diffusion.solve_features(profile, budget=budget, recipe=recipe, command=command)
 
 
+def refine(
+    plan: AnyPlan,
+    profile: Profile,
+    *,
+    model: str | None = None,
+    prompts: Path | None = None,
+    settings: Mapping[str, Any] | None = None,
+    split: float | None = None,
+    limit: int | None = None,
+    evaluations: int | None = None,
+    minutes: float | None = None,
+    state: Path | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+    command: str = "",
+    progress: Progress | None = None,
+) -> AnyPlan:
+    """Improve a plan by what it really does to the model, on the profile's own prompts.
+
+    For a KV cache, heads are weighed by their share of the damage under the plan, and the plan is
+    solved again (`cache_refinement`).  For a diffusion model, computed steps are moved as long as
+    the final latent comes closer to the full run's (`picture_refinement`; `settings` are those of
+    the call).  At most `evaluations` (8 or 200) plans are measured on the first `limit` (16 or 8)
+    prompts, and none after `minutes`.  `state` is a file that keeps what was tried; with it, an
+    interrupted search goes on where it stopped.
+
+    Raises InputError for another profile or other prompts than the plan's, UnsupportedError for
+    plans that leave nothing to choose.
+    """
+    common: dict[str, Any] = {
+        "model": model,
+        "prompts": prompts,
+        "limit": limit,
+        "evaluations": evaluations,
+        "minutes": minutes,
+        "state": state,
+        "device": device,
+        "dtype": dtype,
+        "command": command,
+        "progress": progress,
+    }
+    if isinstance(plan, KVPlan) and isinstance(profile, KVProfile):
+        _only("diffusion", settings=settings or None)
+        refined: Plan = language.refine_language(plan, profile, split=split, **common)
+        return cast(AnyPlan, refined)
+    if isinstance(plan, FeaturePlan) and isinstance(profile, FeatureProfile):
+        _only("language", split=split)
+        refined = diffusion.refine_features(plan, profile, settings=settings or {}, **common)
+        return cast(AnyPlan, refined)
+    raise InputError(
+        f"The plan is for a {plan.family} model, but the profile is of a "
+        f"{profile.model.family} model: give the file that `cacheplan solve` read."
+    )
+
+
 @overload
 def verify(
     plan: KVPlan,
@@ -194,6 +267,7 @@ def verify(
     device: str | None = ...,
     dtype: str | None = ...,
     progress: Progress | None = ...,
+    placement: Placement | None = ...,
 ) -> Verification: ...
 @overload
 def verify(
@@ -207,6 +281,7 @@ def verify(
     device: str | None = ...,
     dtype: str | None = ...,
     progress: Progress | None = ...,
+    placement: Placement | None = ...,
 ) -> PictureVerification: ...
 def verify(
     plan: Plan,
@@ -219,10 +294,12 @@ def verify(
     device: str | None = None,
     dtype: str | None = None,
     progress: Progress | None = None,
+    placement: Placement | None = None,
 ) -> Verification | PictureVerification:
     """Measure the plan's damage on held-out prompts (for the embedded model: its own).
 
-    Raises InputError if the prompts are those the plan was calibrated on.
+    A large language model is divided over devices by `placement`.  Raises InputError if the prompts
+    are those the plan was calibrated on.
     """
     common: dict[str, Any] = {
         "model": model,
@@ -234,8 +311,8 @@ def verify(
     }
     if isinstance(plan, KVPlan):
         _only("diffusion", settings=settings or None)
-        return language.verify_language(plan, split=split, **common)
-    _only("language", split=split)
+        return language.verify_language(plan, split=split, placement=placement, **common)
+    _only("language", split=split, device_map=placement)
     return diffusion.verify_features([plan], settings=settings or {}, **common)[0][0]
 
 

@@ -7,21 +7,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cacheplan.environment import installed_versions
-from cacheplan.errors import InputError
+from cacheplan.errors import InputError, UnsupportedError
 from cacheplan.inputs import prompts_for, refuse_calibration
 from cacheplan.plans.check import check, check_model, check_runnable
 from cacheplan.types import (
     Certificate,
     Damage,
     Knapsack,
+    KVAction,
     KVPlan,
     KVProfile,
     Provenance,
     Solution,
     Trigger,
+    TwoClasses,
+    needs_rotary,
 )
 
 if TYPE_CHECKING:
+    from cacheplan.placement import Placement
+    from cacheplan.processes import Processes
     from cacheplan.profilers.collect import Progress
     from cacheplan.verification import Verification
 
@@ -29,6 +34,7 @@ KEEPS = (0.02, 0.03, 0.04, 0.06, 0.08, 0.1, 0.13, 0.16, 0.2, 0.25, 0.3, 0.4, 0.5
 PROBE_KEEP = 0.1
 PROBE_SCORERS = ("window_attention", "key_difference", "position")
 SPLIT, ABLATE, SOLVER = 0.8, 8, "milp"
+EVALUATIONS, REFINING = 8, 16  # plans measured by `refine`, and prompts each is measured on
 
 
 def profile_language(
@@ -44,11 +50,14 @@ def profile_language(
     device: str | None,
     dtype: str | None,
     progress: Progress | None,
+    processes: Processes,
+    placement: Placement | None,
 ) -> KVProfile | None:
     """Measure a language model and write its profile; see `cacheplan.api.profile`."""
     import torch
 
     from cacheplan.adapters.language import load
+    from cacheplan.adapters.rotary import rotary_known
     from cacheplan.measuring import check_division, measure
     from cacheplan.profilers.collect import collect
     from cacheplan.profilers.prompts import digest
@@ -56,16 +65,18 @@ def profile_language(
     from cacheplan.recipes import CANDIDATES
 
     ablated = ABLATE if ablate is None else ablate
-    check_division(shard, ablated)
-    loaded = load(model, device=device, dtype=dtype)
+    check_division(shard, ablated, processes)
+    loaded = load(model, device=device, dtype=dtype, placement=placement)
     torch.manual_seed(seed)
     share = SPLIT if split is None else split
     texts = prompts_for(loaded, prompts, "calibration", share, limit)
+    known = rotary_known(loaded.model)
+    candidates = tuple(c for c in CANDIDATES if known or not needs_rotary(c.scorer))
     settings = KVSettings(
         model=loaded.spec,
-        candidates=CANDIDATES,
+        candidates=candidates,
         keeps=KEEPS,
-        probes=_probes(),
+        probes=_probes(candidates),
         ablate=min(ablated, len(texts)),
         prompts=len(texts),
         prompts_digest=digest(texts),
@@ -76,7 +87,9 @@ def profile_language(
         settings,
         shard,
         out,
-        lambda state, save: collect(loaded.model, texts, state, save=save, progress=progress),
+        lambda state, save, report: collect(loaded.model, texts, state, save=save, progress=report),
+        processes=processes,
+        progress=progress,
     )
     assert found is None or isinstance(found, KVProfile)
     return found
@@ -94,14 +107,14 @@ def solve_language(
 ) -> KVPlan:
     """Choose what every head keeps under the budget; see `cacheplan.api.solve`."""
     from cacheplan.budget import parse_budget
-    from cacheplan.formulate import formulate, predict, reached, realize, statistic
+    from cacheplan.formulate import formulate, predict, reached, realize
+    from cacheplan.readings import context_length
     from cacheplan.recipes import find_recipe, while_decoding
-    from cacheplan.solvers.prefix import Prefix
-    from cacheplan.solvers.registry import knapsack_solver
-    from cacheplan.solvers.uniform import Uniform
+    from cacheplan.solvers.classes import Classes
+    from cacheplan.solvers.registry import DIVISION, knapsack_solver
 
     row, solver = find_recipe(recipe), solver or SOLVER
-    size = length or round(float(statistic(profile, "context_length")))
+    size = length or context_length(profile)
     if size < 1:
         raise InputError(f"The length is {length} tokens, expected at least 1.")
     asked = parse_budget(budget, profile.model, size)
@@ -112,9 +125,12 @@ def solve_language(
     solution: Solution
     if isinstance(problem, Knapsack):
         solution = knapsack_solver(solver)(problem)
+    elif isinstance(problem, TwoClasses):
+        solution = Classes()(problem)
     else:
-        solution = (Prefix() if row.allocation == "prefix" else Uniform())(problem)
+        solution = DIVISION[row.allocation](problem)
     entries = realize(profile, row, asked, solution)
+    kl = predict(profile, entries)
     plan = KVPlan(
         model=profile.model,
         recipe=row.name,
@@ -128,9 +144,9 @@ def solve_language(
             gap=solution.gap,
             status=solution.status,
         ),
-        predicted=Damage(
-            kl=predict(profile, entries), prompts=profile.prompts, digest=profile.prompts_digest
-        ),
+        predicted=None
+        if kl is None
+        else Damage(kl=kl, prompts=profile.prompts, digest=profile.prompts_digest),
         measured=None,
         provenance=Provenance(
             profile=profile.digest,
@@ -145,6 +161,86 @@ def solve_language(
     return plan
 
 
+def refine_language(
+    plan: KVPlan,
+    profile: KVProfile,
+    *,
+    model: str | None,
+    prompts: Path | None,
+    split: float | None,
+    limit: int | None,
+    evaluations: int | None,
+    minutes: float | None,
+    state: Path | None,
+    device: str | None,
+    dtype: str | None,
+    command: str,
+    progress: Progress | None,
+) -> KVPlan:
+    """Weigh heads by what they do under the plan, and solve again; see `cacheplan.api.refine`."""
+    from cacheplan.adapters.language import load
+    from cacheplan.cache_refinement import refine_cache_plan
+    from cacheplan.profilers.prompts import digest
+    from cacheplan.recipes import find_recipe
+
+    most = EVALUATIONS if evaluations is None else evaluations
+    few = REFINING if limit is None else limit
+    for name, value in (("--evaluations", most), ("--limit", few)):
+        if value < 1:
+            raise InputError(f"{name} is {value}, expected at least 1.")
+    if minutes is not None and not minutes > 0:
+        raise InputError(f"--minutes is {minutes:g}, expected more than 0.")
+    if find_recipe(plan.recipe).allocation != "knapsack" or plan.budget.max_rows is not None:
+        raise UnsupportedError(
+            f'A plan of recipe "{plan.recipe}" for {plan.budget.asked} does not weigh heads under '
+            "a share of the cache: refine one of planned with a budget such as 0.2."
+        )
+    if plan.provenance.profile != profile.digest:
+        raise InputError(
+            "The plan was not solved from this profile: give the file that `cacheplan solve` read."
+        )
+    loaded = load(model or plan.model.id, device=device, dtype=dtype)
+    check_model(plan, loaded.spec)
+    share = SPLIT if split is None else split
+    texts = prompts_for(loaded, prompts, "calibration", share, profile.prompts)
+    if digest(texts) != profile.prompts_digest:
+        raise InputError(
+            "These are not the prompts of the profile: refine on those that `cacheplan profile` "
+            "was given, so that no others are used up for verification."
+        )
+    solver = plan.certificate.solver
+
+    def solve(weighed: KVProfile) -> KVPlan:
+        return solve_language(
+            weighed,
+            budget=plan.budget.asked,
+            recipe=plan.recipe,
+            solver=solver,
+            length=plan.budget.length,
+            decode_every=plan.trigger.decode_every,
+            command=command,
+        )
+
+    refined, before, after = refine_cache_plan(
+        loaded.model,
+        plan,
+        profile,
+        texts[:few],
+        solve,
+        evaluations=most,
+        minutes=minutes,
+        state=state,
+        progress=progress,
+    )
+    status = f"refined on {len(texts[:few])} prompts: KL {before:.4g} -> {after:.4g}"
+    return replace(
+        refined,
+        certificate=replace(refined.certificate, status=status),
+        measured=None,
+        provenance=replace(refined.provenance, versions=installed_versions(), command=command),
+    )
+
+
 def verify_language(
     plan: KVPlan,
     *,
@@ -155,13 +251,14 @@ def verify_language(
     device: str | None,
     dtype: str | None,
     progress: Progress | None,
+    placement: Placement | None,
 ) -> Verification:
     """Measure a KV plan on held-out prompts; see `cacheplan.api.verify`."""
     from cacheplan.adapters.language import load
     from cacheplan.profilers.prompts import digest
     from cacheplan.verification import measure_damage
 
-    loaded = load(model or plan.model.id, device=device, dtype=dtype)
+    loaded = load(model or plan.model.id, device=device, dtype=dtype, placement=placement)
     check_model(plan, loaded.spec)
     share = SPLIT if split is None else split
     texts = prompts_for(loaded, prompts, "heldout", share, limit)
@@ -169,14 +266,14 @@ def verify_language(
     return measure_damage(loaded.model, plan, texts, progress=progress)
 
 
-def _probes() -> tuple[tuple[int, int], ...]:
+def _probes(candidates: tuple[KVAction, ...]) -> tuple[tuple[int, int], ...]:
     """The ablations that calibrate sensitivity: one aggressive option of each kind of scorer."""
-    from cacheplan.recipes import CANDIDATES, RECIPES
+    from cacheplan.recipes import RECIPES
 
     keep = KEEPS.index(PROBE_KEEP)
     menu = RECIPES["planned"].candidates
     found = []
     for name in PROBE_SCORERS:
         last = [c for c in menu if c.scorer.name == name][-1]
-        found.append((CANDIDATES.index(last), keep))
+        found.append((candidates.index(last), keep))
     return tuple(found)

@@ -11,9 +11,11 @@ from cacheplan.cli.compare import compare
 from cacheplan.cli.demo import demo
 from cacheplan.cli.diff import diff
 from cacheplan.cli.edge import Edge
+from cacheplan.cli.frontier import frontier
 from cacheplan.cli.merge import merge
 from cacheplan.cli.profile import profile
 from cacheplan.cli.recipes import recipes
+from cacheplan.cli.refine import refine
 from cacheplan.cli.run import run
 from cacheplan.cli.show import show
 from cacheplan.cli.solve import solve
@@ -60,5 +62,8 @@ def options(
     """
 
 
-for command in (profile, merge, solve, run, verify, compare, show, diff, recipes, demo):
+COMMANDS = (
+    profile, merge, frontier, solve, refine, run, verify, compare, show, diff, recipes, demo,
+)  # fmt: skip
+for command in COMMANDS:
     app.command()(command)

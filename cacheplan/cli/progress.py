@@ -13,15 +13,20 @@ EVERY = 5.0  # seconds between plain lines
 
 
 @contextmanager
-def progress(title: str, unit: str = "prompts") -> Iterator[Callable[[int, int, str], None]]:
-    """Yield the function that takes (units done, units in all, what is being done)."""
-    pace = Pace(unit)
-    with _bar(title, pace) if sys.stderr.isatty() else _lines(title, pace) as report:
+def progress(
+    title: str, unit: str = "prompts", begin: str = "loading the model"
+) -> Iterator[Callable[[int, int, str], None]]:
+    """Yield the function that takes (units done, units in all, what is being done).
+
+    `begin` is what happens until it is first called.
+    """
+    pace, begin = Pace(unit), f"{title}: {begin}"
+    with (_bar if sys.stderr.isatty() else _lines)(title, pace, begin) as report:
         yield report
 
 
 @contextmanager
-def _bar(title: str, pace: Pace) -> Iterator[Callable[[int, int, str], None]]:
+def _bar(title: str, pace: Pace, begin: str) -> Iterator[Callable[[int, int, str], None]]:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -32,7 +37,7 @@ def _bar(title: str, pace: Pace) -> Iterator[Callable[[int, int, str], None]]:
         TimeElapsedColumn(),
     )
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(f"{title}: loading the model", total=None, pace="")
+        task = bar.add_task(begin, total=None, pace="")
 
         def report(done: int, total: int, what: str) -> None:
             text = pace.text(done, total)
@@ -42,9 +47,9 @@ def _bar(title: str, pace: Pace) -> Iterator[Callable[[int, int, str], None]]:
 
 
 @contextmanager
-def _lines(title: str, pace: Pace) -> Iterator[Callable[[int, int, str], None]]:
+def _lines(title: str, pace: Pace, begin: str) -> Iterator[Callable[[int, int, str], None]]:
     last = -EVERY
-    say(f"{title}: loading the model")
+    say(begin)
 
     def report(done: int, total: int, what: str) -> None:
         nonlocal last
