@@ -7,6 +7,7 @@ from itertools import pairwise
 from cacheplan.errors import PlanError
 from cacheplan.plans.rules import COUNT, check_budget, check_certificate, need, refuse
 from cacheplan.plans.rules_kv import check_damage, check_entry, check_geometry
+from cacheplan.plans.rules_storage import check_storable
 from cacheplan.types import (
     FULL_ATTENTION,
     AccumulatedAttention,
@@ -16,6 +17,7 @@ from cacheplan.types import (
     LanguageSpec,
     Site,
     WindowAttention,
+    needs_prompt,
 )
 
 
@@ -52,11 +54,9 @@ def check_runnable_kv(plan: KVPlan) -> None:
         at, action = f"entries[{index}].action", entry.action
         if not isinstance(action, KVAction):
             refuse(f"entries[{index}].site.target", entry.site.target, '"kv"')
-        if action.losers != "evict":
-            refuse(f"{at}.losers", action.losers, '"evict"')
-        for name, precision in (("key", action.key), ("value", action.value)):
-            if precision.format != "model":
-                refuse(f"{at}.{name}.format", precision.format, '"model"')
+        if action.losers == "offload":
+            refuse(f"{at}.losers", action.losers, '"evict", "merge" and "demote"')
+        check_storable(action, plan.model, plan.trigger.decode_every is not None, at)
         if action.rank is not None:
             refuse(f"{at}.rank", action.rank, "none (all channels)")
         if plan.trigger.decode_every is not None:
@@ -73,10 +73,18 @@ def _check_while_decoding(action: KVAction, at: str) -> None:
             "1, or another scorer, where trigger.decode_every is set, "
             "because the window belongs to the prompt",
         )
+    if needs_prompt(scorer):
+        refuse(
+            f"{at}.scorer.name",
+            scorer.name,
+            "any scorer of single tokens where trigger.decode_every is set",
+        )
     if isinstance(scorer, AccumulatedAttention) and scorer.mean:
         refuse(f"{at}.scorer.mean", scorer.mean, "false where trigger.decode_every is set")
     if action.split != "equal":
         refuse(f"{at}.split", action.split, '"equal" where trigger.decode_every is set')
+    if action.protect_text:
+        refuse(f"{at}.protect_text", action.protect_text, "false where trigger.decode_every is set")
 
 
 def _check_coverage(entries: tuple[Entry, ...], model: LanguageSpec) -> None:
@@ -126,5 +134,6 @@ def identity_kv(spec: LanguageSpec) -> dict[str, object]:
         "key width": spec.key_width,
         "value width": spec.value_width,
         "rotary embedding": spec.rope,
+        "image token": spec.image_token,
         "digest of configuration and weights": spec.digest,
     }

@@ -6,14 +6,16 @@ A *row* is one (layer, kv head, token): one key and one value.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cacheplan.errors import InfeasibleError
+from cacheplan.plans.storage import BLOCK, in_few_bits, row_storage
 from cacheplan.types import AccumulatedAttention, KVAction, KVPlan, LanguageSpec, Site, Trigger
 
-SLACK = 64  # tokens by which storage grows when new ones are appended
+SLACK = BLOCK  # tokens by which storage grows when new ones are appended
 Integers = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
@@ -54,30 +56,59 @@ def rows_after(plan: KVPlan, length: int, generated: int) -> Integers:
     return rows + appended
 
 
-def row_bytes(action: KVAction, spec: LanguageSpec, element_size: int, trigger: Trigger) -> int:
-    """Bytes of one row: key, value, and the float32 score that decoding goes on adding to.
+def row_bytes(
+    actions: Iterable[KVAction], spec: LanguageSpec, element_size: int, trigger: Trigger
+) -> int:
+    """Bytes of one row of a layer whose heads follow `actions`.
 
-    Where one head of a layer has such scores, the storage of the whole layer holds them.
+    Beside key and value these are, in float32, the score that decoding goes on adding to, and the
+    logit bias of merged tokens; where one head needs such numbers, the whole layer holds them.
     """
-    score = trigger.decode_every is not None and isinstance(action.scorer, AccumulatedAttention)
-    return spec.token_width * element_size + 4 * score
+    decoding = trigger.decode_every is not None
+    score = bias = False
+    for action in actions:
+        score |= decoding and isinstance(action.scorer, AccumulatedAttention)
+        bias |= action.merge is not None and action.merge.count_bias
+    return spec.token_width * element_size + 4 * (score + bias)
 
 
-def cache_bytes(plan: KVPlan, length: int, element_size: int, generated: int = 0) -> int:
+def cache_bytes(
+    plan: KVPlan,
+    length: int,
+    element_size: int,
+    generated: int = 0,
+    flushed: Mapping[Site, int] | None = None,
+) -> int:
     """Bytes of storage allocated for one sequence; numbers take `element_size` bytes.
 
     An eviction leaves exactly the rows it keeps; the tokens appended since then take blocks of
-    `SLACK` in every head.
+    `SLACK` in every head.  Of heads in few bits, `flushed` says how many generated tokens have been
+    packed so far; where it does not, they came one by one (`plans.storage`).
     """
     rows, appended = _evicted(plan, length, generated)
     capacity = rows + SLACK * -(-appended // SLACK)
-    size = np.zeros_like(rows)
+    widths = plan.model.key_width, plan.model.value_width
+    layers: dict[int, list[KVAction]] = {}
+    few_bits: dict[int, int] = {}
     for entry in plan.entries:
-        if isinstance(entry.action, KVAction):
-            size[_place(entry.site)] = row_bytes(
-                entry.action, plan.model, element_size, plan.trigger
-            )
-    return int((capacity * size.max(1, keepdims=True)).sum())
+        site, action = entry.site, entry.action
+        if not isinstance(action, KVAction):
+            continue
+        layers.setdefault(site.layer, []).append(action)
+        if in_few_bits(action):
+            done = None if flushed is None else flushed.get(site)
+            for head in range(plan.model.kv_heads) if site.head is None else [site.head]:
+                kept = int(rows[site.layer, head])
+                size = row_storage(
+                    action, kept, length - kept, widths, element_size, appended, done
+                )
+                few_bits[site.layer] = few_bits.get(site.layer, 0) + size
+                capacity[site.layer, head] = 0
+    plain = sum(
+        int(capacity[layer].sum()) * row_bytes(own, plan.model, element_size, plan.trigger)
+        for layer, own in layers.items()
+    )
+    return plain + sum(few_bits.values())
 
 
 def full_bytes(spec: LanguageSpec, length: int, element_size: int) -> int:

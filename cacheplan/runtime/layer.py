@@ -6,12 +6,28 @@ import torch
 from torch import Tensor
 
 from cacheplan.adapters.attention import AttendingLayer, Step, causal_attention
+from cacheplan.adapters.rotary import rotary_frequencies
 from cacheplan.errors import UnsupportedError
-from cacheplan.kernels.ragged_attention.naive import ragged_attention
 from cacheplan.plans.rows import kept_rows
-from cacheplan.runtime.eviction import accumulate, accumulates, choose, heads_by_action
+from cacheplan.plans.storage import in_few_bits
+from cacheplan.runtime.attending import attend
+from cacheplan.runtime.eviction import (
+    Choice,
+    Groups,
+    Newest,
+    accumulate,
+    accumulates,
+    choose,
+    counts_merged,
+    cut,
+    heads_by_action,
+    probes_of,
+)
+from cacheplan.runtime.mixed import MixedRows
 from cacheplan.runtime.rows import RaggedRows
-from cacheplan.types import KVPlan
+from cacheplan.scorers.probe import joined, paid
+from cacheplan.scorers.scores import Rotary
+from cacheplan.types import KVPlan, ProbeAttention, needs_rotary
 
 _REMEMBERED = 64  # prompt lengths whose row counts are kept
 
@@ -20,12 +36,17 @@ class Course:
     """What the layers of one cache have in common; they do not hold the cache itself.
 
     `expected` are the prompt's tokens per batch entry while it comes in pieces, else None: then
-    the first forward call is the whole prompt.
+    the first forward call is the whole prompt.  `probes` are the scorers that need tokens read
+    behind the prompt, and `probe` is the one for which this is happening.  `images` tell for each
+    batch entry which tokens of its prompt `[n]` (bool) stand for images.
     """
 
     def __init__(self, plan: KVPlan) -> None:
         self.plan = plan
         self.expected: list[int] | None = None
+        self.probes = probes_of(plan)
+        self.probe: ProbeAttention | None = None
+        self.images: list[Tensor] | None = None
         self._rows: dict[int, list[list[int]]] = {}
 
     def rows(self, length: int) -> list[list[int]]:
@@ -52,14 +73,17 @@ class PlanLayer(AttendingLayer):
         self.reset()
 
     def reset(self) -> None:
-        self.rows: RaggedRows | None = None
+        self.rows: RaggedRows | MixedRows | None = None
         self.seen, self.unread = 0, 0
         self.tokens: list[int] = []
         self.prompt: list[int] = []
         self._since = 0  # tokens since the last eviction, where the plan evicts while decoding
         self._whole = True  # nothing has been evicted
         self._fresh: tuple[Tensor, Tensor] | None = None
+        self._high: dict[int, Tensor] = {}  # what stays of rows whose other tokens are demoted
         self._step: Step | None = None  # of the layer's own attention
+        self.waiting: dict[int, Choice] | None = None  # what is chosen before the probes have run
+        self._probed: list[dict[ProbeAttention, Tensor]] = []  # per batch entry, `[1, K, n]` each
 
     def receive(self, key: Tensor, value: Tensor) -> None:
         expected = self.course.plan.model
@@ -76,6 +100,13 @@ class PlanLayer(AttendingLayer):
         self._fresh = key, value
 
     def attend(self, step: Step) -> Tensor:
+        if self.course.probe is not None:
+            return self._attend_probe(step, self.course.probe)
+        if self.waiting is not None:
+            raise UnsupportedError(
+                "The plan scores its prompt by probes, which only `apply` reads: run the model "
+                "inside apply(model, plan)."
+            )
         first = self.rows is None
         if self._fresh is not None:
             key, value = self._fresh
@@ -94,7 +125,8 @@ class PlanLayer(AttendingLayer):
         output = self._attention(self.rows, step)
         if self.unread == 0:
             own, self._step = self._step, None
-            self._after_attention(self.rows, own)
+            if isinstance(self.rows, RaggedRows):
+                self._after_attention(self.rows, own)
         return output.contiguous()
 
     def _count(self, step: Step) -> None:
@@ -102,39 +134,13 @@ class PlanLayer(AttendingLayer):
         new = [T] * B if step.valid is None else [len(valid) for valid in step.valid]
         self.tokens = [n + t for n, t in zip(self.tokens or [0] * B, new, strict=True)]
 
-    def _attention(self, rows: RaggedRows, step: Step) -> Tensor:
-        if self._whole and rows.rectangular and step.valid is None:
+    def _attention(self, rows: RaggedRows | MixedRows, step: Step) -> Tensor:
+        whole = self._whole and step.valid is None
+        if whole and isinstance(rows, RaggedRows) and rows.rectangular:
             self.path = "dense SDPA"
             return causal_attention(step, *rows.dense())
-        self.path = "SDPA over all rows" if rows.rectangular else "ragged SDPA per head"
-        if step.valid is None:
-            return self._over(rows, range(rows.batch), step.query, step)
-        B, H, T, _ = step.query.shape
-        out = step.query.new_zeros(B, T, H, rows.values.shape[-1])
-        for b, tokens in enumerate(step.valid):
-            if len(tokens):
-                out[b, tokens] = self._over(
-                    rows, range(b, b + 1), step.query[b : b + 1, :, tokens], step
-                )[0]
-        return out
-
-    def _over(self, rows: RaggedRows, entries: range, query: Tensor, step: Step) -> Tensor:
-        """Attention of some batch entries' queries `[b, H, t, D]`; returns `[b, t, H, Dv]`."""
-        pattern = step.pattern
-        if pattern is not None and step.valid is not None:
-            own = step.valid[entries.start]
-            pattern = pattern[entries.start : entries.stop, own][:, :, own]
-        some = slice(entries.start * rows.heads, entries.stop * rows.heads)
-        return ragged_attention(
-            query,
-            rows.keys,
-            rows.values,
-            offsets=rows.offsets[some],
-            lengths=rows.lengths[some],
-            scale=step.scale,
-            pattern=pattern,
-            sinks=step.sinks,
-        ).transpose(1, 2)
+        output, self.path = attend(rows, step)
+        return output
 
     def _after_attention(self, rows: RaggedRows, step: Step) -> None:
         every = self.course.plan.trigger.decode_every
@@ -156,7 +162,7 @@ class PlanLayer(AttendingLayer):
                 self._accumulate(rows, step)
             self._since += T
             if self._since == every:
-                self._evict(rows, step, self.tokens)
+                self._cut(rows, self._chosen(rows, step, self.tokens, self.groups))
                 self._since = 0
 
     def _within_prompt(self, rows: RaggedRows, step: Step) -> None:
@@ -167,27 +173,95 @@ class PlanLayer(AttendingLayer):
             if rows.state is None:
                 rows.state = torch.zeros(rows.keys.shape[0], device=rows.keys.device)
             self._accumulate(rows, step)
-        self._evict(rows, step, expected)
+        if self.course.probes:
+            groups = [group for group in self.groups if group[1].scorer not in self.course.probes]
+            self.waiting = self._chosen(rows, step, expected, groups)
+            self._probed = [{} for _ in range(rows.batch)]
+        else:
+            self._cut(rows, self._chosen(rows, step, expected, self.groups))
         if last:
             self.prompt = list(self.tokens)
             if not decoding:
                 rows.state = None
+            if not self.course.probes:
+                self._pack(rows)
 
-    def _evict(self, rows: RaggedRows, step: Step, lengths: list[int]) -> None:
-        """Cut every entry back to what the plan keeps of a text of that length."""
-        kept: list[Tensor] = []
+    def _attend_probe(self, step: Step, scorer: ProbeAttention) -> Tensor:
+        """Attention of probe tokens, which are scored by what they see and not stored."""
+        assert isinstance(self.rows, RaggedRows)
+        assert self._fresh is not None
+        longer = self.rows.extended(*self._fresh, step.valid)
+        if self.unread == self.readers - 1:  # tokens are ranked by the layer's own queries
+            for b, probed in enumerate(self._probed):
+                key, _ = longer.together(list(longer.of_entry(b)))
+                found = paid(scorer, self._queries(step, b), key[None], scale=step.scale)
+                probed[scorer] = joined(scorer, probed.get(scorer), found)
+        if self.unread == 0:
+            self._fresh = None
+        return self._attention(longer, step).contiguous()
+
+    def evict_probed(self) -> None:
+        """Evict the prompt once all probes have been read."""
+        assert isinstance(self.rows, RaggedRows)
+        assert self.waiting is not None
+        groups = [group for group in self.groups if group[1].scorer in self.course.probes]
+        self._cut(self.rows, self.waiting | self._chosen(self.rows, None, self.prompt, groups))
+        self.waiting, self._probed = None, []
+        self._pack(self.rows)
+
+    def _chosen(
+        self, rows: RaggedRows, step: Step | None, lengths: list[int], groups: Groups
+    ) -> dict[int, Choice]:
+        """What stays of every entry's rows when as much goes as of a text of that length."""
+        choices: dict[int, Choice] = {}
         for b in range(rows.batch):
-            own = rows.of_entry(b)
-            held = [rows.lengths[r] for r in own]
+            held = [rows.lengths[r] for r in rows.of_entry(b)]
             counts = self.course.rows(lengths[b])[self.index]
-            if all(n <= count for n, count in zip(held, counts, strict=True)):
-                kept += [torch.arange(n, device=rows.keys.device) for n in held]
-            else:
-                query = self._queries(step, b)
-                kept += choose(rows, b, query, counts, self.groups, scale=step.scale)
-        if any(len(k) < n for k, n in zip(kept, rows.lengths, strict=True)):
+            if any(n > count for n, count in zip(held, counts, strict=True)):
+                images = self._images(b, held, groups)
+                if step is None:
+                    none = rows.keys.new_zeros(1, rows.heads, 0, 1)
+                    newest = Newest(none, probed=self._probed[b], images=images)
+                else:
+                    query = self._queries(step, b)
+                    start, rotary = self.tokens[b] - query.shape[2], self._rotary(step, lengths[b])
+                    newest = Newest(query, step.scale, start, rotary, images=images)
+                choices |= choose(rows, b, newest, counts, groups)
+        return choices
+
+    def _cut(self, rows: RaggedRows, choices: dict[int, Choice]) -> None:
+        """Leave what was chosen; losers that are demoted stay until the layer is packed."""
+        self._high = {r: c.kept for r, c in choices.items() if c.action.low is not None}
+        choices = {r: choice for r, choice in choices.items() if r not in self._high}
+        if rows.bias is None and counts_merged(self.groups):
+            rows.bias = torch.zeros(rows.keys.shape[0], device=rows.keys.device)
+        if any(len(choice.kept) < rows.lengths[r] for r, choice in choices.items()):
             self._whole = False
-        rows.keep(kept)
+        cut(rows, choices)
+
+    def _pack(self, rows: RaggedRows) -> None:
+        """Store the heads that have few bits in them, once the whole prompt has been read."""
+        if any(in_few_bits(action) for _, action in self.groups):
+            self.rows, self._whole = MixedRows(rows, self.groups, self._high), False
+        self._high = {}
+
+    def _images(self, b: int, held: list[int], groups: Groups) -> Tensor | None:
+        """Image tokens of entry b's prompt `[1, n]`, where text goes before them."""
+        if not any(action.protect_text for _, action in groups):
+            return None
+        told = self.course.images
+        if told is None or set(held) != {len(told[b])}:
+            raise UnsupportedError(
+                "The plan keeps text before images, but which tokens are images is not known: run "
+                "the model inside apply(model, plan), with input_ids and a mask of padding alone."
+            )
+        return told[b][None]
+
+    def _rotary(self, step: Step, length: int) -> Rotary | None:
+        """How the layer rotates, where one of its scorers must know."""
+        if any(needs_rotary(action.scorer) for _, action in self.groups):
+            return Rotary(*rotary_frequencies(step.module, length, step.query.device))
+        return None
 
     def _accumulate(self, rows: RaggedRows, step: Step) -> None:
         for b in range(rows.batch):

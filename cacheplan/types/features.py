@@ -44,14 +44,27 @@ class FeatureEntry:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Rescale:
+    """A polynomial from a change of the input to one of the output, highest power first.
+
+    It was fitted to changes from `low` to `high` and means nothing beyond (`plans/rescale.py`).
+    """
+
+    coefficients: tuple[float, ...]
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class Gate:
     """A guard at planned skips: it may turn one into a computation, never the other way round.
 
-    `signal` is what is measured ("first_block", "forecast", "secant"), and the
+    `signal` is what is measured ("first_block", "forecast", "modulation", "secant"), and the
     feature is computed where it exceeds `threshold`.  `accumulate` says whether the signal is
     summed over the steps since the last computation.  No more than `max_consecutive` steps in a
     row are skipped, none of the first `warmup` and the last `protect_last`.  `blocks` is how many
-    first blocks a signal may run, `order` that of the forecast it compares with.
+    first blocks a signal may run, `order` that of the forecast it compares with, `rescale` what
+    a change of the modulated input means for the output.
     """
 
     signal: str
@@ -62,6 +75,7 @@ class Gate:
     protect_last: int = 0
     blocks: int = 1
     order: int = 0
+    rescale: Rescale | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,8 @@ class LanguageSpec:
 
     Plans are for layers that see the whole text ("full_attention"); layers of any other kind
     (sliding windows, recurrent states, layers that read another's cache) keep the library's own
-    cache, which does not grow with the text.
+    cache, which does not grow with the text.  `image_token` is the id of the token that stands for
+    a part of an image, in models that see.
     """
 
     family: ClassVar[str] = "language"
@@ -32,6 +33,7 @@ class LanguageSpec:
     max_length: int
     rope: str  # canonical JSON of the rotary-embedding parameters
     digest: str
+    image_token: int | None = None
 
     @property
     def layers(self) -> int:

@@ -13,9 +13,12 @@ from cacheplan.types.scorers import Position, Scorer
 class Precision:
     """How numbers of one tensor are stored.
 
-    `format` "model" keeps the model's own type.  "int" and "float" formats of `bits` share one
-    scale per `axis` ("tensor", "token" or "channel") in groups of `group`; the newest
-    `residual` tokens stay in the model's type.  Only "model" can be run so far.
+    `format` "model" keeps the model's own type.  "int" (8, 4 or 2 bits, with scale and zero) and
+    "float" (8 bits, e4m3, with a scale) share their scales along `axis`: "channel", one for each
+    channel and `group` tokens (keys: KIVI, arXiv 2402.02750), or "token", one for each token and
+    `group` channels (None: all).  `separable` first divides channels by the root of their largest
+    value (ZipCache, arXiv 2405.14256).  At least the newest `residual` tokens stay in the model's
+    type.  "tensor" is for weights.
     """
 
     format: str = "model"
@@ -23,6 +26,41 @@ class Precision:
     axis: str = "token"
     group: int | None = None
     residual: int = 0
+    separable: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tier:
+    """How keys and values of some tokens are stored."""
+
+    key: Precision
+    value: Precision
+
+
+@dataclass(frozen=True, kw_only=True)
+class Merge:
+    """How tokens that do not stay are folded into tokens that do, which keep their places.
+
+    Tokens protected by `sinks` and `recent` take nothing in.  The others take, with `to`
+    "nearest", every loser that is nearest to them in the order of the cache (of two, the older
+    takes it), keys and values averaged alike (Elastic Cache, arXiv 2407.18121).  With "similar",
+    a run is a stretch of neighbours whose keys have a cosine of at least `similarity`; its losers
+    fold into the best scored token that stays of it, with weights exp(-|k - k_p|^2 / 2 sigma^2)
+    by the distance from that token's key (KVMerger, arXiv 2407.08454).  Runs of which nothing
+    stays are evicted.
+
+    `sigma` says where its width comes from: "distance", the mean of |k - k_p|^2 over run and
+    pivot is sigma^2; "weights", the sum of the weights so found, divided by sqrt(2) times
+    their number, is then sigma, as the paper defines it from the weights themselves.
+
+    `count_bias` stores log(number of tokens merged) with each token and adds it to the logit, so
+    that n equal keys keep the softmax mass of n; it costs 4 bytes per token.
+    """
+
+    to: str = "nearest"  # or "similar"
+    similarity: float = 0.75
+    sigma: str = "distance"  # or "weights"
+    count_bias: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,12 +69,15 @@ class KVAction:
 
     `keep` is the fraction of tokens whose keys and values stay.  Always kept, as far as the
     number of tokens allows: the newest `recent` (or the share `recent_share` of the kept
-    tokens, whichever is more), then the first `sinks`.  The rest is filled by `scorer`.
+    tokens, whichever is more), then the first `sinks`.  The rest is filled by `scorer`; with
+    `protect_text` by text before any image token (LOOK-M's text prior, arXiv 2406.18139).
 
     `share` says who chooses together: "head" (each kv head its own tokens), "layer" (one set of
     tokens for all heads of the layer, by mean score).  `split` says how a layer's tokens are
     divided when the site covers all heads: "equal", or "adaptive" (AdaKV: the best scores of
     the whole layer win, after each head has taken `floor` of its equal part).
+
+    `losers` are the tokens that do not stay.
     """
 
     keep: float
@@ -44,10 +85,13 @@ class KVAction:
     sinks: int = 0
     recent: int = 0
     recent_share: float = 0.0
+    protect_text: bool = False
     share: str = "head"
     split: str = "equal"
     floor: float = 0.0
-    losers: str = "evict"  # "merge", "demote" and "offload" are named by the format, not yet run
+    losers: str = "evict"  # or "merge" or "demote"; "offload" is named, not yet run
+    merge: Merge | None = None  # how, where losers are merged
+    low: Tier | None = None  # in which numbers, where losers are demoted
     key: Precision = field(default_factory=Precision)
     value: Precision = field(default_factory=Precision)
     rank: int | None = None

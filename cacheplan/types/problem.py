@@ -44,6 +44,17 @@ class Split:
 
 
 @dataclass(frozen=True, eq=False)
+class TwoClasses:
+    """Some sites stay whole, the others are cut alike to what is then left.
+
+    `cost[s, n]` `[sites, sites + 1]` is the distortion of site s being cut while n sites stay
+    whole; a column of `inf` is a number that is not allowed.
+    """
+
+    cost: Floats
+
+
+@dataclass(frozen=True, eq=False)
 class Coverage:
     """Choose at most `size` of `items` elements: maximise a monotone submodular `value(set)`."""
 
@@ -76,15 +87,16 @@ class Schedule:
     ratios: Floats | None = None  # [S, T]
 
 
-Problem = Knapsack | Split | Coverage | Schedule
+Problem = Knapsack | Split | TwoClasses | Coverage | Schedule
 
 
 @dataclass(frozen=True, eq=False)
 class Solution:
-    """`choice` is the option per site, the units per site, the sorted chosen elements, or which
-    steps each site computes (Schedule: `[S, T]` of 0 and 1).
+    """`choice` is the option per site, the units per site, whether each site stays whole (0 or
+    1), the sorted chosen elements, or which steps each site computes (Schedule: `[S, T]` of 0
+    and 1).
 
-    `value` is the objective reached: distortion (Knapsack and Schedule, minimised), retained
+    `value` is the objective reached: distortion (minimised; all problems but these:), retained
     share (Split: the smallest over sites for thresholds, else the sum) or set value (Coverage,
     maximised).
     `rate` is what it uses of the budget.  `bound` is a proven limit on the best possible value

@@ -35,6 +35,16 @@ class KVProfile:
     `ablation_damage`, `ablation_kl` `[L, K, P]`: damage and divergence of the whole model when
     this head alone is cut back by probe p, on the first few prompts; `probes` holds the
     (candidate, keep) indices.
+    `output_energy` `[L, K]`: squared norm of the head's attention output, in the unit of `damage`.
+    `window_dispersion`, `window_shift` `[L]`: entropy of the last 32 queries' attention to the
+    tokens before them, and its variance from query to query.
+    `spectral_residual` `[L]`: share of the energy of keys and of values in high frequencies.
+    `retrieval_score` `[L, H]`: attention on an answer's words in the context while it is said;
+    only from prompts with such answers.
+    `block_distance` `[L]`: how far keys move (cosine distance) when the context is read in blocks;
+    from the prompts that are ablated.
+    `image_mass` `[L]`, `image_share` `[]`: share of image tokens in the attention that the
+    continuation pays to the context, and in the context; only from prompts with images.
     `context_length`, `continuation_length` `[]`: tokens.
 
     `keeps` are the G fractions in ascending order, `candidates` the A actions (their own `keep`

@@ -16,6 +16,7 @@ from cacheplan.types import (
     FeatureEntry,
     FeaturePlan,
     FeatureSite,
+    Rescale,
 )
 
 # Eight steps of three blocks, each of attention, cross_attention and mlp; six entries.
@@ -25,6 +26,7 @@ PLAN = LOADED
 NAN = float("nan")
 Change = Callable[[], FeaturePlan]
 REUSE = FeatureAction(do="reuse")
+CURVE = Rescale(coefficients=(2.0, 0.1), low=0.1, high=0.4)
 
 
 def plan(**changes: Any) -> Change:
@@ -250,6 +252,30 @@ def action(part: str = "mlp", **fields: Any) -> Change:
             "gate.protect_last is -1, expected an integer of at least 0",
         ),
         (piece("gate", order=-1), "gate.order is -1, expected an integer of at least 0"),
+        (
+            piece("gate", rescale=CURVE),
+            "gate.rescale is ",
+        ),
+        (
+            piece("gate", signal="modulation"),
+            "gate.rescale is null, expected a curve where the signal is modulation",
+        ),
+        (
+            piece("gate", signal="modulation", rescale=replace(CURVE, coefficients=())),
+            "gate.rescale.coefficients is [], expected at least one number",
+        ),
+        (
+            piece("gate", signal="modulation", rescale=replace(CURVE, coefficients=(1.0, NAN))),
+            "gate.rescale.coefficients[1] is NaN, expected a finite number",
+        ),
+        (
+            piece("gate", signal="modulation", rescale=replace(CURVE, low=-1.0)),
+            "gate.rescale.low is -1.0, expected a number of at least 0",
+        ),
+        (
+            piece("gate", signal="modulation", rescale=replace(CURVE, high=0.05)),
+            "gate.rescale.high is 0.05, expected at least 0.1",
+        ),
         (piece("gate", blocks=0), "gate.blocks is 0, expected an integer from 1 to 3"),
         (piece("gate", blocks=4), "gate.blocks is 4, expected an integer from 1 to 3"),
         (

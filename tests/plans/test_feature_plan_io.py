@@ -194,8 +194,8 @@ def edit(old: str, new: str) -> Callable[[], bytes]:
         (
             edit('"warmup": 1', '"warm_up": 1'),
             'gate has the unknown field "warm_up", expected signal, threshold, accumulate, '
-            "max_consecutive, warmup, protect_last, blocks, order; update cacheplan if the file is "
-            "newer",
+            "max_consecutive, warmup, protect_last, blocks, order, rescale; update cacheplan if "
+            "the file is newer",
         ),
         (
             edit('"do": "skip"', '"do": "skip", "correction": null'),

@@ -49,7 +49,7 @@ REUSE = FeatureAction(do="reuse")
         (
             replace(PLAN, gate=Gate(signal="curvature", threshold=0.1)),
             'gate.signal is "curvature", which cannot be run yet; '
-            "supported is one of first_block, forecast, secant",
+            "supported is one of first_block, forecast, modulation, secant",
         ),
     ],
 )

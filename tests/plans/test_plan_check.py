@@ -14,11 +14,16 @@ from cacheplan.types import (
     Action,
     Damage,
     Entry,
+    ExpectedAttention,
     KVAction,
     KVPlan,
+    LagDifference,
+    LowPassResidual,
+    Merge,
     Position,
     Precision,
     Site,
+    Tier,
     Trigger,
     WeightAction,
     WindowAttention,
@@ -120,6 +125,26 @@ def other(target: str, action: Action, **place: int) -> Change:
             'entries[0].action.losers is "drop", expected one of evict, merge, demote, offload',
         ),
         (
+            action(0, losers="merge"),
+            'entries[0].action.merge is null, expected an object where losers is "merge"',
+        ),
+        (
+            action(0, merge=Merge()),
+            'entries[0].action.merge is "given", expected none where losers is "evict"',
+        ),
+        (
+            action(0, losers="merge", merge=Merge(to="best")),
+            'entries[0].action.merge.to is "best", expected one of nearest, similar',
+        ),
+        (
+            action(0, losers="merge", merge=Merge(sigma="one")),
+            'entries[0].action.merge.sigma is "one", expected one of distance, weights',
+        ),
+        (
+            action(0, losers="merge", merge=Merge(similarity=1.5)),
+            "entries[0].action.merge.similarity is 1.5, expected a number from -1 to 1",
+        ),
+        (
             action(0, share="layer"),
             'entries[0].action.share is "layer", expected "head" in an entry for one head',
         ),
@@ -143,6 +168,38 @@ def other(target: str, action: Action, **place: int) -> Change:
         (
             action(0, scorer=WindowAttention(pooling="min")),
             'entries[0].action.scorer.pooling is "min", expected one of average, max',
+        ),
+        (
+            action(0, scorer=WindowAttention(variance=-1.0)),
+            "entries[0].action.scorer.variance is -1.0, expected a number of at least 0",
+        ),
+        (
+            action(2, scorer=WindowAttention(heads=(1, 0)), split="equal", share="layer"),
+            "entries[2].action.scorer.heads is [1, 0], expected ascending query heads from 0",
+        ),
+        (
+            action(2, scorer=WindowAttention(heads=(0, 99)), split="equal", share="layer"),
+            "entries[2].action.scorer.heads is [0, 99], expected ascending query heads from 0",
+        ),
+        (
+            action(2, scorer=WindowAttention(heads=(0, 1))),
+            'entries[2].action.scorer.heads is [0, 1], expected none unless action.share is "layer"',
+        ),
+        (
+            action(0, scorer=ExpectedAttention(future=0)),
+            "entries[0].action.scorer.future is 0, expected an integer of at least 1",
+        ),
+        (
+            action(0, scorer=ExpectedAttention(epsilon=-0.1)),
+            "entries[0].action.scorer.epsilon is -0.1, expected a number of at least 0",
+        ),
+        (
+            action(0, scorer=LagDifference(lag=0)),
+            "entries[0].action.scorer.lag is 0, expected an integer of at least 1",
+        ),
+        (
+            action(0, scorer=LowPassResidual(passband=1.5)),
+            "entries[0].action.scorer.passband is 1.5, expected a number from 0 to 1",
         ),
         (
             action(0, key=Precision(format="nf4")),
@@ -229,17 +286,40 @@ def test_a_model_of_absurd_size_is_refused_quickly() -> None:
             'entries[0].site.target is "weight", which cannot be run yet; supported is "kv"',
         ),
         (
-            action(1, losers="merge"),
-            'entries[1].action.losers is "merge", which cannot be run yet; supported is "evict"',
+            action(1, losers="offload"),
+            'entries[1].action.losers is "offload", which cannot be run yet; supported is "evict", '
+            '"merge" and "demote"',
         ),
         (
-            action(1, key=Precision(format="int", bits=4)),
-            'entries[1].action.key.format is "int", which cannot be run yet; supported is "model"',
+            action(1, losers="demote", low=Tier(key=Precision(), value=Precision())),
+            'entries[1].action.low.key.format is "model", which cannot be run yet; '
+            'supported is "int" or "float" for what is demoted',
         ),
         (
-            action(1, value=Precision(format="float", bits=8)),
-            'entries[1].action.value.format is "float", which cannot be run yet; '
-            'supported is "model"',
+            action(1, key=Precision(format="int", bits=3)),
+            "entries[1].action.key.bits is 3, which cannot be run yet; supported is 2, 4 or 8",
+        ),
+        (
+            action(1, key=Precision(format="int", bits=4, axis="channel", group=48)),
+            "entries[1].action.key.group is 48, which cannot be run yet; "
+            "supported is a divisor or multiple of 64 tokens",
+        ),
+        (
+            action(1, value=Precision(format="int", bits=4, axis="channel", group=32)),
+            'entries[1].action.value.axis is "channel", which cannot be run yet; '
+            'supported is "token" for values',
+        ),
+        (
+            action(1, value=Precision(format="float", bits=16)),
+            "entries[1].action.value.bits is 16, which cannot be run yet; supported is 8 for float",
+        ),
+        (
+            lambda: replace(
+                action(0, scorer=Position(), value=Precision(format="int", bits=4))(),
+                trigger=Trigger(decode_every=1),
+            ),
+            "entries[0].action.key.bits and value.bits is [16, 4], which cannot be run yet; "
+            "supported is 16 each where trigger.decode_every is set",
         ),
         (
             action(1, rank=8),

@@ -28,10 +28,12 @@ from cacheplan.types import (
     KVAction,
     KVPlan,
     LanguageSpec,
+    Merge,
     Precision,
     Provenance,
     Scorer,
     Site,
+    Tier,
     Trigger,
     WeightAction,
     WindowAttention,
@@ -64,15 +66,31 @@ precisions = st.builds(
     group=st.none() | counts,
     residual=natural,
 )
+losers = st.one_of(
+    st.builds(dict, losers=st.sampled_from(["evict", "offload"])),
+    st.builds(
+        dict,
+        losers=st.just("merge"),
+        merge=st.builds(
+            Merge,
+            to=st.sampled_from(["nearest", "similar"]),
+            similarity=shares,
+            sigma=st.sampled_from(["distance", "weights"]),
+        ),
+    ),
+    st.builds(
+        dict, losers=st.just("demote"), low=st.builds(Tier, key=precisions, value=precisions)
+    ),
+)
 kv = st.builds(
-    KVAction,
+    lambda loses, **fields: KVAction(**fields, **loses),
+    loses=losers,
     keep=positive,
     scorer=scorers,
     sinks=natural,
     recent=natural,
     recent_share=shares,
     floor=shares,
-    losers=st.sampled_from(["evict", "merge", "demote", "offload"]),
     key=precisions,
     value=precisions,
     rank=st.none() | counts,

@@ -26,6 +26,7 @@ from cacheplan.types import (
     Entry,
     KVAction,
     KVPlan,
+    Merge,
     Position,
     Scorer,
     Site,
@@ -202,14 +203,19 @@ def test_a_head_never_holds_more_than_there_is() -> None:
 
 def test_row_bytes() -> None:
     spec = replace(BASE.model, key_width=16, value_width=8)
-    for scorer, every, expected in (
-        (Position(), None, 48),
-        (Position(), 4, 48),
-        (AccumulatedAttention(), None, 48),
-        (AccumulatedAttention(), 4, 52),
+    plain, sums = KVAction(keep=0.5), KVAction(keep=0.5, scorer=AccumulatedAttention())
+    counted = replace(plain, losers="merge", merge=Merge())
+    uncounted = replace(plain, losers="merge", merge=Merge(count_bias=False))
+    for actions, every, expected in (
+        ([plain], None, 48),
+        ([plain], 4, 48),
+        ([sums], None, 48),
+        ([sums], 4, 52),
+        ([plain, counted], None, 52),
+        ([uncounted], None, 48),
+        ([sums, counted], 4, 56),
     ):
-        action = KVAction(keep=0.5, scorer=scorer)
-        assert row_bytes(action, spec, 2, Trigger(decode_every=every)) == expected
+        assert row_bytes(actions, spec, 2, Trigger(decode_every=every)) == expected
 
 
 @pytest.mark.parametrize(

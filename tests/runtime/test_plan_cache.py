@@ -208,8 +208,8 @@ def test_heavy_hitters_are_column_sums_and_never_return(tiny_llama: Any, make_pl
 
 
 REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
-    "merge": ({"losers": "merge"}, "evict"),
-    "int4 keys": ({"key": Precision(format="int", bits=4)}, "model"),
+    "offload": ({"losers": "offload"}, "evict"),
+    "int3 keys": ({"key": Precision(format="int", bits=3)}, "2, 4 or 8"),
     "rank": ({"rank": 8}, "rank"),
 }
 
