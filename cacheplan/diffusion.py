@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cacheplan.environment import installed_versions
-from cacheplan.errors import InputError
+from cacheplan.errors import InputError, UnsupportedError
 from cacheplan.inputs import refuse_calibration
 from cacheplan.picture_inputs import open_for_plan, open_pipeline, picture_prompts_for
 from cacheplan.plans.check import check, check_model, check_runnable
@@ -16,9 +16,11 @@ from cacheplan.types import FeatureDamage, FeaturePlan, FeatureProfile, Provenan
 
 if TYPE_CHECKING:
     from cacheplan.picture_verification import PictureVerification, Row
+    from cacheplan.processes import Processes
     from cacheplan.profilers.collect import Progress
 
 ABLATE, LAGS, TOKENS = 4, 16, 512
+EVALUATIONS, REFINING = 200, 8  # schedules that are run, on how many prompts each
 
 
 def profile_features(
@@ -36,6 +38,7 @@ def profile_features(
     device: str | None,
     dtype: str | None,
     progress: Progress | None,
+    processes: Processes,
 ) -> FeatureProfile | None:
     """Measure a diffusion pipeline and write its profile; see `cacheplan.api.profile`."""
     import torch
@@ -48,7 +51,7 @@ def profile_features(
     from cacheplan.profilers.settings import FeatureSettings
 
     ablated = ABLATE if ablate is None else ablate
-    check_division(shard, ablated)
+    check_division(shard, ablated, processes)
     opened = open_pipeline(model, settings, device=device, dtype=dtype)
     texts = picture_prompts_for(opened, prompts, "calibration", limit)
     torch.manual_seed(seed)
@@ -71,9 +74,11 @@ def profile_features(
         kept,
         shard,
         out,
-        lambda state, save: collect_features(
-            opened.pipe, seen, opened.call, texts, state, save=save, progress=progress
+        lambda state, save, report: collect_features(
+            opened.pipe, seen, opened.call, texts, state, save=save, progress=report
         ),
+        processes=processes,
+        progress=progress,
     )
     assert found is None or isinstance(found, FeatureProfile)
     return found
@@ -156,3 +161,61 @@ def verify_features(
     for plan in plans:
         refuse_calibration(digest(texts), plan.provenance)
     return measure_plans(opened.pipe, plans, opened.call, texts, progress=progress)
+
+
+def refine_features(
+    plan: FeaturePlan,
+    profile: FeatureProfile,
+    *,
+    model: str | None,
+    prompts: Path | None,
+    settings: Mapping[str, Any],
+    limit: int | None,
+    evaluations: int | None,
+    minutes: float | None,
+    state: Path | None,
+    device: str | None,
+    dtype: str | None,
+    command: str,
+    progress: Progress | None,
+) -> FeaturePlan:
+    """Improve a plan by measuring its neighbours; see `cacheplan.api.refine`."""
+    from cacheplan.picture_refinement import refine_plan
+    from cacheplan.profilers.feature_prompts import digest
+    from cacheplan.recipes import find_feature_recipe
+
+    most = _at_least("--evaluations", EVALUATIONS if evaluations is None else evaluations, "run")
+    few = _at_least("--limit", REFINING if limit is None else limit, "prompt")
+    if minutes is not None and not minutes > 0:
+        raise InputError(f"--minutes is {minutes:g}, expected more than 0.")
+    if plan.gate is not None:
+        raise UnsupportedError(
+            f'The plan\'s gate "{plan.gate.signal}" chooses steps while it runs, so there are none '
+            "to move: refine a plan of a recipe without a gate."
+        )
+    if plan.provenance.profile != profile.digest:
+        raise InputError(
+            "The plan was not solved from this profile: give the file that `cacheplan solve` read."
+        )
+    opened = open_for_plan(plan, model=model, settings=settings, device=device, dtype=dtype)
+    texts = picture_prompts_for(opened, prompts, "calibration", profile.prompts)
+    if digest(texts) != profile.prompts_digest:
+        raise InputError(
+            "These are not the prompts of the profile: refine on those that `cacheplan profile` "
+            "was given, so that no others are used up for verification."
+        )
+    refined = refine_plan(
+        opened.pipe,
+        plan,
+        profile,
+        find_feature_recipe(plan.recipe),
+        opened.call,
+        texts[:few],
+        state=state,
+        evaluations=most,
+        minutes=minutes,
+        progress=progress,
+    )
+    versions = installed_versions("diffusers")
+    origin = replace(plan.provenance, versions=versions, command=command)
+    return replace(refined, provenance=origin)

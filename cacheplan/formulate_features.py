@@ -9,24 +9,28 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from cacheplan.schedules.groups import Group, groups, head, model, whole
+from cacheplan.errors import InfeasibleError
+from cacheplan.plans.compute import full_flops, saved_flops
+from cacheplan.schedules.groups import Group, groups, head, model, probing, whole
 from cacheplan.schedules.keys import forced_steps, problem, published
-from cacheplan.schedules.planned import plan_steps
+from cacheplan.schedules.planned import Serving, options, outlook, plan_steps, serve
 from cacheplan.schedules.realize import entries, keys_before, serving_entries
 from cacheplan.schedules.tables import Gram, between, sensitivity, statistic
-from cacheplan.schedules.thresholds import fit_gate
+from cacheplan.schedules.thresholds import fit_gate, fit_rescale
 from cacheplan.solvers.certify import relative_gap, verdict
 from cacheplan.types import (
     Certificate,
     FeatureEntry,
     FeatureProfile,
     FeatureRecipe,
+    FeatureSite,
     Gate,
     Schedule,
 )
 
 Mask = NDArray[np.bool_]
 _OPTIMAL = 1e-3
+_SLACK = 1e-9
 
 
 @dataclass(frozen=True)
@@ -44,19 +48,25 @@ class Planned:
 def plan_features(profile: FeatureProfile, recipe: FeatureRecipe, kept: float) -> Planned:
     """Choose what is not computed within the share `kept` of the full FLOPs."""
     if recipe.schedule == "planned":
-        return _planned(profile, recipe, kept)
+        serving = plan_steps(profile, forced_steps(profile, recipe), kept)
+        gap = relative_gap(serving.damage, serving.bound)
+        status = verdict(gap, "the Lagrangian bound", _OPTIMAL) + _words(serving)
+        proof = Certificate(
+            solver="shortest path",
+            value=serving.damage,
+            bound=serving.bound,
+            gap=gap,
+            status=status,
+        )
+        return _served(profile, serving, proof)
     found = groups(profile, recipe)
-    gate = None
+    gate, solution = None, None
     if recipe.schedule == "gate":
         gate, mask, status = _gated(profile, recipe, problem(profile, recipe, found, kept))
-        free = np.tile(forced_steps(profile, recipe), (len(found), 1))
-        made = entries(profile, recipe, found, free)
-        value, bound = 0.0, None
     else:
         mask, solution, status = published(profile, recipe, found, kept)
-        made = entries(profile, recipe, found, mask)
-        value = solution.value if solution else 0.0
-        bound = solution.bound if solution else None
+    value = solution.value if solution else 0.0
+    bound = solution.bound if solution else None
     certificate = Certificate(
         solver=recipe.schedule,
         value=value if math.isfinite(value) else 0.0,
@@ -64,37 +74,83 @@ def plan_features(profile: FeatureProfile, recipe: FeatureRecipe, kept: float) -
         gap=None if bound is None else relative_gap(value, bound),
         status=status,
     )
-    spent = sum(group.cost * row.sum() for group, row in zip(found, mask, strict=True))
-    fixed = 1 - profile.model.steps * sum(group.cost for group in found)
-    return Planned(
-        entries=made,
-        gate=gate,
-        dt_scale=_shortened(profile, mask[0]) if recipe.scale_steps else (),
-        certificate=certificate,
-        predicted_error=predict(profile, recipe, found, mask),
-        reached=float(spent + max(fixed, 0.0)),
-    )
+    planned = _followed(profile, recipe, found, mask, certificate)
+    if gate is None:
+        return planned
+    free = np.tile(forced_steps(profile, recipe), (len(found), 1))  # the gate decides the others
+    return replace(planned, entries=entries(profile, recipe, found, free), gate=gate)
 
 
-def _planned(profile: FeatureProfile, recipe: FeatureRecipe, kept: float) -> Planned:
-    serving = plan_steps(profile, forced_steps(profile, recipe), kept)
-    gap = relative_gap(serving.damage, serving.bound)
-    steps = int(serving.computed.sum())
-    partial = int((serving.served > 1).sum())  # after the whole and the model come the tails
-    words = f" {steps} steps computed whole, {partial} in part."
+def plan_for(
+    profile: FeatureProfile, recipe: FeatureRecipe, computed: Mask, kept: float
+) -> Planned | None:
+    """The plan for given computed steps `[S, T]` of the recipe's `searched` schedule.
+
+    None where it would take more than `kept` or serve a step from farther back than was measured.
+    """
+    unproven = Certificate(solver="given", value=0.0, bound=None, gap=None, status="As given.")
+    if recipe.schedule == "planned":
+        serving = serve(profile, computed[0], kept)
+        return None if serving is None else _served(profile, serving, unproven)
+    found = groups(profile, recipe)
+    try:
+        planned = _followed(profile, recipe, found, computed, unproven)
+    except InfeasibleError:
+        return None
+    return planned if planned.reached <= kept + _SLACK else None
+
+
+def searched(
+    profile: FeatureProfile, recipe: FeatureRecipe, kept: float
+) -> tuple[Schedule, tuple[frozenset[FeatureSite], ...]]:
+    """What a search may change: the schedule with its budget, and the sites of each of its rows.
+
+    Its costs say which changes are promising.
+    """
+    if recipe.schedule == "planned":
+        T = profile.model.steps
+        schedule = outlook(profile, forced_steps(profile, recipe))
+        every = frozenset(option.site for option in options(profile))
+        return replace(schedule, rate=np.full(1, 1 / T), budget=kept), (every,)
+    found = groups(profile, recipe)
+    return problem(profile, recipe, found, kept), tuple(frozenset(g.sites) for g in found)
+
+
+def _served(profile: FeatureProfile, serving: Serving, certificate: Certificate) -> Planned:
     return Planned(
         entries=serving_entries(profile, serving),
         gate=None,
         dt_scale=(),
-        certificate=Certificate(
-            solver="shortest path",
-            value=serving.damage,
-            bound=serving.bound,
-            gap=gap,
-            status=verdict(gap, "the Lagrangian bound", _OPTIMAL) + words,
-        ),
+        certificate=certificate,
         predicted_error=serving.damage,
         reached=serving.rate,
+    )
+
+
+def _words(serving: Serving) -> str:
+    steps = int(serving.computed.sum())
+    partial = int((serving.served > 1).sum())  # after the whole and the model come the tails
+    return f" {steps} steps computed whole, {partial} in part."
+
+
+def _followed(
+    profile: FeatureProfile,
+    recipe: FeatureRecipe,
+    found: Sequence[Group],
+    mask: Mask,
+    certificate: Certificate,
+) -> Planned:
+    """A published recipe whose groups compute the steps `mask` `[S, T]`."""
+    spec, made = profile.model, entries(profile, recipe, found, mask)
+    saved = sum(saved_flops(spec, entry.site, entry.step) for entry in made) / full_flops(spec)
+    probed = probing(spec, recipe) * int((~mask).any(0).sum())
+    return Planned(
+        entries=made,
+        gate=None,
+        dt_scale=_shortened(profile, mask[0]) if recipe.scale_steps else (),
+        certificate=certificate,
+        predicted_error=predict(profile, recipe, found, mask),
+        reached=1 - saved + probed,
     )
 
 
@@ -128,6 +184,8 @@ def _gated(
 ) -> tuple[Gate, Mask, str]:
     assert recipe.gate is not None
     gate = replace(recipe.gate, blocks=head(profile, recipe.gate.blocks))
+    if gate.signal == "modulation":
+        gate = replace(gate, rescale=fit_rescale(profile))
     fitted = fit_gate(profile, gate, schedule)
     words = f"Threshold {fitted.threshold:.4g}, expected to spend the budget on average."
     return replace(gate, threshold=max(fitted.threshold, 0.0)), fitted.computed, words

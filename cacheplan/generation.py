@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from cacheplan.errors import InputError
 from cacheplan.inputs import prompts_for
@@ -32,6 +33,7 @@ def generate(
     plan: Plan,
     *,
     prompt: str | None = None,
+    image: Path | None = None,
     model: str | None = None,
     max_new_tokens: int = 64,
     temperature: float = 0.0,
@@ -39,15 +41,19 @@ def generate(
     device: str | None = None,
     dtype: str | None = None,
     on_text: Callable[[str], None] | None = None,
+    prefill_chunk: int | None = None,
     placement: Placement | None = None,
 ) -> Generation:
     """Generate a continuation of `prompt` under the plan.
 
-    Without a prompt, the embedded model gets its first held-out one.  Text goes to `on_text` as
-    it appears.  `placement` divides a large model over devices.
+    `image` is shown to a vision-language model (see `adapters.images.read_image_text`).  Without a
+    prompt, the embedded model gets its first held-out one.  Text goes to `on_text` as it appears.
+    The prompt is read `prefill_chunk` tokens at a time, or at once.  `placement` divides a large
+    model over devices.
     """
     import torch
 
+    from cacheplan.adapters.images import call_arguments, read_image_text
     from cacheplan.adapters.language import load
     from cacheplan.adapters.offloading import input_device
     from cacheplan.plans.check import kv_only
@@ -57,7 +63,12 @@ def generate(
 
     plan = kv_only(plan, "generate")
     loaded = load(model or plan.model.id, device=device, dtype=dtype, placement=placement)
-    if prompt is None:
+    images = None
+    if image is not None:
+        if prompt is None or not prompt.strip():
+            raise InputError(f"The image {image} comes without words: give --prompt too.")
+        ids, images = read_image_text(loaded.processor, prompt, image)
+    elif prompt is None:
         first = prompts_for(loaded, None, "heldout", 0.8, 1)[0]
         ids = [*first.context, *first.continuation[: (first.answers or ((1, 2),))[0][0]]]
     elif not prompt.strip():
@@ -71,14 +82,16 @@ def generate(
             f"reads {longest}: shorten the prompt or lower --max-new-tokens."
         )
     inputs = torch.tensor([ids], device=input_device(loaded.model))
+    pictured = call_arguments(loaded.model, images, 0, len(ids)) if images else {}
     stream = TextStream(loaded.tokenizer, on_text or (lambda text: None))
     torch.manual_seed(seed)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {}
-    with apply(loaded.model, plan) as caches, torch.no_grad():
+    with apply(loaded.model, plan, prefill_chunk=prefill_chunk) as caches, torch.no_grad():
         started = time.perf_counter()
         loaded.model.generate(
             input_ids=inputs,
             attention_mask=torch.ones_like(inputs),
+            **pictured,
             max_new_tokens=max_new_tokens,
             streamer=stream,
             **({"do_sample": False} | sampling),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from itertools import groupby
+from itertools import accumulate, groupby, pairwise
 
 from cacheplan.types import (
     Block,
@@ -68,6 +68,21 @@ def experts(spec: DiffusionSpec) -> list[list[Block]]:
     if not spec.expert_starts:
         return [list(spec.blocks)]
     return [list(blocks) for _, blocks in groupby(spec.blocks, key=_denoiser)]
+
+
+def expert_ranges(spec: DiffusionSpec) -> list[range]:
+    """The indices of each denoiser's blocks."""
+    ends = list(accumulate((len(blocks) for blocks in experts(spec)), initial=0))
+    return [range(start, stop) for start, stop in pairwise(ends)]
+
+
+def halves(blocks: range) -> tuple[FeatureSite, FeatureSite]:
+    """The deltas of the first and of the last half of a denoiser's blocks."""
+    half = len(blocks) // 2
+    return (
+        FeatureSite(part="delta", first=blocks.start, last=blocks.start + half),
+        FeatureSite(part="delta", first=blocks.stop - half, last=blocks.stop),
+    )
 
 
 def _denoiser(block: Block) -> str:

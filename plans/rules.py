@@ -20,7 +20,7 @@ PARTS = (
     *RANGES,
 )
 BASES = ("hold", "taylor", "newton", "hermite", "fitted")
-SIGNALS = ("first_block", "forecast", "secant")
+SIGNALS = ("first_block", "forecast", "modulation", "secant")
 
 
 def need(holds: bool, path: str, value: object, expected: str) -> None:

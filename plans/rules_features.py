@@ -7,7 +7,7 @@ from itertools import pairwise
 
 from cacheplan.plans.compute import experts
 from cacheplan.plans.rules import COUNT, NATURAL, POSITIVE, RANGES, need, one_of
-from cacheplan.types import Block, DiffusionSpec, FeatureAction, FeatureSite, Gate
+from cacheplan.types import Block, DiffusionSpec, FeatureAction, FeatureSite, Gate, Rescale
 
 PLAIN = FeatureAction(do="skip")
 FINITE = "a finite number"
@@ -113,8 +113,23 @@ def check_gate(gate: Gate, blocks: int) -> None:
     for name in ("warmup", "protect_last", "order"):
         value = getattr(gate, name)
         need(value >= 0, f"gate.{name}", value, NATURAL)
+    if gate.rescale is not None:
+        _check_rescale(gate.rescale)
+    given, modulated = gate.rescale is not None, gate.signal == "modulation"
+    wanted = "a curve where the signal is modulation, and nowhere else"
+    need(given == modulated, "gate.rescale", gate.rescale, wanted)
     inside = 1 <= gate.blocks <= blocks
     need(inside, "gate.blocks", gate.blocks, f"an integer from 1 to {blocks}")
+
+
+def _check_rescale(curve: Rescale) -> None:
+    need(bool(curve.coefficients), "gate.rescale.coefficients", (), "at least one number")
+    for index, value in enumerate(curve.coefficients):
+        need(finite(value), f"gate.rescale.coefficients[{index}]", value, FINITE)
+    for name in ("low", "high"):
+        value = getattr(curve, name)
+        need(finite(value) and value >= 0, f"gate.rescale.{name}", value, POSITIVE)
+    need(curve.low <= curve.high, "gate.rescale.high", curve.high, f"at least {curve.low}")
 
 
 def _check_block(block: Block, path: str) -> None:

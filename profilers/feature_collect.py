@@ -17,11 +17,11 @@ from cacheplan.adapters.loop import Loop, denoisers, watching
 from cacheplan.adapters.sampling import run_pipeline
 from cacheplan.adapters.taps import tapped
 from cacheplan.errors import ProfileError
-from cacheplan.plans.compute import experts
+from cacheplan.plans.compute import expert_ranges, halves
 from cacheplan.profilers.collect import Progress
 from cacheplan.profilers.feature_ablation import Hold, ablate, whole_site
-from cacheplan.profilers.feature_moments import Moments
-from cacheplan.profilers.feature_observer import SiteTaps, Take, model_delta, rows
+from cacheplan.profilers.feature_moments import LineErrors, Moments
+from cacheplan.profilers.feature_observer import Look, SiteTaps, Take, model_delta, rows
 from cacheplan.profilers.feature_prompts import PicturePrompt
 from cacheplan.profilers.settings import FeatureSettings
 from cacheplan.profilers.store import ProfileState
@@ -33,7 +33,7 @@ _TAILS = 8  # ranges from one block to the last that are measured
 
 
 def feature_sites(seen: Observation) -> tuple[FeatureSite, ...]:
-    """What is measured: parts, blocks, all blocks but the first, all, and the whole model.
+    """What is measured: parts, blocks, the ends and halves of all blocks, and the whole model.
 
     Ranges stay within one denoiser and where each block gets just what the one before returned.
     """
@@ -49,15 +49,15 @@ def feature_sites(seen: Observation) -> tuple[FeatureSite, ...]:
         for part in block.parts
     ]
     ranges = {(b, b + 1) for b in range(end)}
-    start = 0
-    for blocks in experts(spec):
-        stop = start + len(blocks)
+    for blocks in expert_ranges(spec):
+        start, stop = blocks.start, blocks.stop
         tails = np.linspace(start, stop, min(len(blocks), _TAILS), endpoint=False).astype(int)
-        for first in {start, start + 1, *tails.tolist()}:
-            if first < stop and all(b.path in seen.joined for b in spec.blocks[first + 1 : stop]):
-                ranges.add((first, stop))
-        start = stop
-    deltas = [FeatureSite(part="delta", first=a, last=b) for a, b in sorted(ranges)]
+        wide = {(first, stop) for first in (start, start + 1, *tails.tolist()) if first < stop}
+        wide |= {(half.first, half.last) for half in halves(blocks)}
+        for first, last in wide:
+            if all(b.path in seen.joined for b in spec.blocks[first + 1 : last]):
+                ranges.add((first, last))
+    deltas = [FeatureSite(part="delta", first=a, last=b) for a, b in sorted(ranges) if a < b]
     return (*parts, *deltas, whole, model)
 
 
@@ -126,6 +126,7 @@ def _watch(
         for site in settings.sites
         for branch in spec.branches
     }
+    lines, modulated = LineErrors(*size), Moments(*size)
     latents, outputs = Moments(*size), {branch: Moments(*size) for branch in spec.branches}
     place: list[Loop] = []
 
@@ -133,6 +134,12 @@ def _watch(
         loop = place[0]
         branch = spec.branches[loop.index(spec.branches)]
         moments[site, branch].add(loop.step, rows(found, settings.tokens))
+
+    def look(what: str, found: Tensor) -> None:
+        loop = place[0]
+        if loop.call == 0:  # where gates decide
+            watched = lines if what == "output" else modulated
+            watched.add(loop.step, rows([found], settings.tokens))
 
     def on_call(loop: Loop, inner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         output = inner(*args, **kwargs)
@@ -145,7 +152,7 @@ def _watch(
             latents.add(loop.step, rows([given], settings.tokens))
         return output
 
-    with _watching(pipe, seen, settings.sites, take, on_call, place):
+    with _watching(pipe, seen, settings.sites, take, on_call, place, look):
         full = run_pipeline(pipe, {**call, **prompt.call}, seed=prompt.seed).latent
     kept = [moments[whole, branch] for branch in spec.branches]
     power = _power(kept)
@@ -157,8 +164,10 @@ def _watch(
         tables["power"].append(np.array(_power(own) / power))
     stack = FeatureSite(part="delta", first=0, last=len(spec.blocks))
     ratio = stack if stack in settings.sites else whole
+    gates = {"forecast_l1": lines.l1, "modulated_l1": modulated.l1}
     return {
         **{name: np.stack(table) for name, table in tables.items()},
+        **({} if whole.part == "branch" else gates),  # a UNet has no first transformer block
         "scale": np.array(power**0.5),
         "channel_gram": _mean([m.channel_gram for m in kept]) / power,
         "channel_mean": _mean([m.channel_mean for m in kept]) / power**0.5,
@@ -242,6 +251,7 @@ def _watching(
     take: Take,
     on_call: Any,
     place: list[Loop],
+    look: Look | None = None,
 ) -> Iterator[None]:
     """Taps on all denoisers; `place` gets the loop."""
     with ExitStack() as stack:
@@ -249,7 +259,7 @@ def _watching(
         for name, module in denoisers(pipe).items():
             root = unwrapped(module)
             paths = {locate(pipe, name, path): path for path, _ in root.named_modules()}
-            handlers = SiteTaps(seen, sites, take).handlers(paths)
+            handlers = SiteTaps(seen, sites, take, look).handlers(paths)
             stack.enter_context(tapped(root, handlers))
         stack.enter_context(torch.no_grad())
         yield

@@ -88,3 +88,39 @@ class Moments:
         for step, lags, row in self._rows:
             found[step, lags] = row[name].cpu().numpy()
         return found
+
+
+class LineErrors:
+    """How far one feature of one branch is from lines through two of its earlier values.
+
+    Fed like `Moments`.
+    """
+
+    def __init__(self, steps: int, lags: int) -> None:
+        self.recent: deque[tuple[int, Tensor]] = deque(maxlen=lags)  # newest first
+        self.shape = steps, lags + 1, lags + 1
+        self._found: dict[tuple[int, int, int], Tensor] = {}
+
+    def add(self, step: int, value: Tensor) -> None:
+        value = value.detach().float()
+        before = [(step - earlier, past) for earlier, past in self.recent]
+        before = [(lag, past) for lag, past in before if lag < self.shape[1]]
+        self._found[step, 0, 0] = value.abs().double().mean()
+        for index, (lag, past) in enumerate(before):
+            self._found[step, lag, 0] = (past - value).abs().double().mean()
+            for older_lag, older in before[index + 1 :]:
+                line = past + (past - older) * (lag / (older_lag - lag))
+                self._found[step, lag, older_lag] = (line - value).abs().double().mean()
+        self.recent.appendleft((step, value))
+
+    @property
+    def l1(self) -> Floats:
+        """`[T, lags + 1, lags + 1]`: mean of `|F_t - L_t|`.
+
+        `L` is the line through `F_{t-l}` and `F_{t-m}`, l < m; at m = 0 it is `F_{t-l}` itself,
+        and at l = m = 0 it is 0.
+        """
+        found = np.zeros(self.shape)
+        for place, value in self._found.items():
+            found[place] = float(value)
+        return found

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -13,11 +12,13 @@ from torch import Tensor
 from cacheplan.adapters.calls import latent, sample, tensors
 from cacheplan.adapters.denoiser import Observation
 from cacheplan.adapters.taps import Handler
-from cacheplan.plans.compute import experts
+from cacheplan.plans.compute import expert_ranges
 from cacheplan.types import FeatureSite
 
 # the site's tensors at this step and branch -> what to put in their place, None to leave them
 Take = Callable[[FeatureSite, list[Tensor]], list[Tensor] | None]
+# what gates look at in the first block: "output", or "modulated" for the input of its attention
+Look = Callable[[str, Tensor], None]
 
 
 ENDS = ("delta", "hidden", "branch")  # sites that the output of their last block completes
@@ -26,14 +27,21 @@ ENDS = ("delta", "hidden", "branch")  # sites that the output of their last bloc
 class SiteTaps:
     """Handlers that compute everything, show each site's tensors to `take` and obey its answer.
 
-    Delta sites are shown as output minus input of every stream.
+    Delta sites are shown as output minus input of every stream.  `look` is shown what gates see.
     """
 
-    def __init__(self, seen: Observation, sites: Sequence[FeatureSite], take: Take) -> None:
-        self.seen, self.take = seen, take
+    def __init__(
+        self,
+        seen: Observation,
+        sites: Sequence[FeatureSite],
+        take: Take,
+        look: Look | None = None,
+    ) -> None:
+        self.seen, self.take, self.look = seen, take, look
         self.sites = sites
-        lengths = [len(blocks) for blocks in experts(seen.spec)]
-        self._lasts = set(accumulate(lengths))  # one past the last block of each denoiser
+        ranges = expert_ranges(seen.spec)
+        self._firsts = {blocks.start for blocks in ranges}  # the first block of each denoiser
+        self._lasts = {blocks.stop for blocks in ranges}  # one past the last
         self._entries: dict[int, tuple[Tensor, ...]] = {}
 
     def handlers(self, paths: Mapping[str, str]) -> dict[str, Handler]:
@@ -52,6 +60,8 @@ class SiteTaps:
     def _part(
         self, site: FeatureSite, inner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
+        if self.look and site.part == "attention" and site.first in self._firsts:
+            self.look("modulated", latent(inner, args, kwargs))
         output = inner(*args, **kwargs)
         self.take(site, list(tensors(output)))
         return output
@@ -61,6 +71,8 @@ class SiteTaps:
         if streams is not None:
             self._entries[index] = streams.take(args, kwargs)
         output = inner(*args, **kwargs)
+        if self.look and streams is not None and index in self._firsts:
+            self.look("output", streams.results(output)[0])  # type: ignore[arg-type]
         for site in self.sites:
             if site.part not in ENDS or not self._completes(index, site):
                 continue

@@ -34,7 +34,7 @@ class ProfileState:
     """A profile under way: settings, the prompts it answers for, those done, and their sums."""
 
     settings: Settings
-    responsible: range
+    responsible: Sequence[int]
     done: set[int] = field(default_factory=set)
     sums: dict[str, ExactSum] = field(default_factory=dict)
 
@@ -177,6 +177,10 @@ def finish(state: ProfileState, where: str) -> Profile:
             keeps=settings.keeps,
             candidates=settings.candidates,
             probes=settings.probes,
+            keys=settings.keys,
+            values=settings.values,
+            demoted=settings.demoted,
+            joint=settings.joint,
             **common,
         )
     return FeatureProfile(

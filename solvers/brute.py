@@ -9,7 +9,7 @@ from typing import Literal
 
 import numpy as np
 
-from cacheplan.errors import InputError
+from cacheplan.errors import InfeasibleError, InputError
 from cacheplan.solvers.certify import certify
 from cacheplan.solvers.feasible import checked_curves, checked_knapsack
 from cacheplan.solvers.schedule import checked_schedule, distortions, refuse_impossible
@@ -21,6 +21,7 @@ from cacheplan.types.problem import (
     Schedule,
     Solution,
     Split,
+    TwoClasses,
 )
 
 _STATUS = "Optimal: proven by trying every choice."
@@ -44,6 +45,8 @@ class Brute:
             return self._split(problem)
         if isinstance(problem, Schedule):
             return self._schedule(problem)
+        if isinstance(problem, TwoClasses):
+            return self._classes(problem)
         return self._coverage(problem)
 
     def _knapsack(self, problem: Knapsack) -> Solution:
@@ -79,6 +82,19 @@ class Brute:
         value = problem.value(frozenset(best))
         chosen: Integers = np.array(best, dtype=np.int64)
         return Solution(chosen, float(size), value, value, 0.0, _STATUS)
+
+    def _classes(self, problem: TwoClasses) -> Solution:
+        sites = len(problem.cost)
+        self._refuse_large(2**sites)
+        choices = np.array(list(product((0, 1), repeat=sites)), dtype=np.int64)
+        costs = problem.cost[:, choices.sum(1)].T  # [choices, sites]
+        allowed = np.isfinite(costs).all(1)
+        if not allowed.any():
+            raise InfeasibleError("No number of whole sites is within the budget.")
+        values = np.where(allowed, np.where(choices == 0, costs, 0.0).sum(1), np.inf)
+        best = int(values.argmin())
+        value = float(values[best])
+        return Solution(choices[best], float(choices[best].sum()), value, value, 0.0, _STATUS)
 
     def _schedule(self, problem: Schedule) -> Solution:
         problem = checked_schedule(problem)

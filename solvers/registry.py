@@ -1,4 +1,4 @@
-"""The knapsack solvers by name."""
+"""The solvers by name."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from cacheplan.solvers.brute import Brute
 from cacheplan.solvers.dynamic import Dynamic
 from cacheplan.solvers.lagrangian import Lagrangian
 from cacheplan.solvers.milp import Milp
-from cacheplan.types.problem import Knapsack, Solution
+from cacheplan.solvers.prefix import Prefix
+from cacheplan.solvers.proportional import Proportional
+from cacheplan.solvers.uniform import Uniform
+from cacheplan.types.problem import Knapsack, Solution, Split
 
 KnapsackSolver = Callable[[Knapsack], Solution]
 
@@ -18,6 +21,12 @@ KNAPSACK: dict[str, Callable[[], KnapsackSolver]] = {
     "dynamic": Dynamic,
     "lagrangian": Lagrangian,
     "brute": Brute,
+}
+SplitSolver = Callable[[Split], Solution]
+DIVISION: dict[str, SplitSolver] = {
+    "uniform": Uniform(),
+    "prefix": Prefix(),
+    "proportional": Proportional(),
 }
 
 

@@ -14,18 +14,21 @@ ROOT = Path(__file__).parents[1]
 FOLDERS = ("cacheplan", "profilers", "solvers", "kernels", "plans")  # links are not followed
 FILES = [path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py"))]
 
-GROUND = {"types", "errors", "atomic", "environment"}
+GROUND = {"types", "errors", "atomic", "environment", "placement"}
 PLANS = GROUND | {"plans", "solvers"}
 MODELS = GROUND | {"plans", "kernels", "scorers", "adapters"}
-TABLES = {"recipes", "budget", "formulate", "formulate_features"}
+TABLES = {"recipes", "budget", "readings", "formulate", "formulate_features"}
 ALL = PLANS | MODELS | TABLES | {"profilers", "runtime"}
 INPUTS = {"inputs", "picture_inputs", "pictures"}
 WORK = {"generation", "drawing", "verification", "picture_verification", "measuring", "zoo"}
+WORK |= {"picture_refinement", "cache_refinement", "processes"}
 API = ALL | INPUTS | WORK | {"language", "diffusion", "api"}
 MAY_IMPORT = {
     "types": set(),
     "errors": set(),
     "environment": set(),
+    "placement": set(),
+    "processes": {"errors"},
     "atomic": {"errors"},
     "kernels": set(),
     "plans": GROUND,
@@ -36,26 +39,33 @@ MAY_IMPORT = {
     "runtime": MODELS,
     "recipes": PLANS,
     "budget": PLANS,
-    "formulate": PLANS,
+    "readings": GROUND,
+    "formulate_heads": GROUND | {"readings"},
+    "formulate_layers": GROUND | {"readings"},
+    "formulate": PLANS | {"readings", "formulate_heads", "formulate_layers"},
     "schedules": PLANS | {"recipes"},
     "formulate_features": PLANS | {"schedules"},
     "pictures": set(),
     "picture_grid": GROUND,
     "inputs": ALL | {"zoo"},
     "picture_inputs": ALL | {"zoo"},
-    "measuring": ALL,
+    "measuring": ALL | {"processes"},
     "generation": ALL | INPUTS,
     "drawing": ALL | INPUTS,
     "verification": ALL,
     "picture_verification": ALL | INPUTS,
+    "picture_refinement": ALL,
+    "cache_refinement": ALL,
     "language": ALL | INPUTS | WORK,
     "diffusion": ALL | INPUTS | WORK,
     "zoo": ALL,
     "api": API,
+    "frontier": GROUND | {"api"},
     "": API,  # the package itself: names that are loaded on first use
+    "__main__": {"cli"},
     "cli": GROUND
     | {"plans", "recipes", "budget", "api"}
-    | {"picture_inputs", "picture_grid", "verification", "picture_verification"},
+    | {"picture_inputs", "picture_grid", "verification", "picture_verification", "frontier"},
 }
 
 

@@ -11,7 +11,7 @@ import weakref
 from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,11 +21,13 @@ from transformers.cache_utils import CacheLayerMixin
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
+from cacheplan.adapters.decoder import text_decoder
 from cacheplan.errors import UnsupportedError
 from cacheplan.kernels.ragged_attention.naive import ragged_attention
 
 IMPLEMENTATION = "cacheplan"
 _LAYER = "_cacheplan_layer"
+_UNKNOWN = ("position_bias", "indices", "block_indices", "sinks")  # what some models also pass
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,7 +37,7 @@ class Step:
     `query` `[B, H, T, D]`.  `valid` holds, per batch entry, the ascending indices of the new
     tokens that are not padding (None: all are).  `pattern` `[B, T, T]` (bool) says which new
     tokens see each other where that is not simply causal, as within images.  `sinks` `[H]` are
-    learned logits without a value.
+    learned logits without a value, and `softcap` bounds the logits (see `ragged_attention`).
     """
 
     module: torch.nn.Module
@@ -44,6 +46,7 @@ class Step:
     valid: list[Tensor] | None = None
     pattern: Tensor | None = None
     sinks: Tensor | None = None
+    softcap: float | None = None
 
 
 class AttendingLayer(CacheLayerMixin):  # type: ignore[misc]
@@ -115,26 +118,33 @@ def _attention(
     softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    if softcap is not None:
-        raise UnsupportedError(
-            f"{type(module).__name__} caps its logits softly, which cannot run a cache plan yet: "
-            "plan for a model without attn_logit_softcapping."
-        )
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     layer = getattr(key, _LAYER, None)
     if layer is None:
         mask = _widened(attention_mask, query.shape[2], key.shape[2])
-        if s_aux is not None:
-            return _stock_with_sinks(query, key, value, mask, scale, s_aux), None
+        if s_aux is not None or softcap is not None:
+            return _explicit(query, key, value, mask, scale, s_aux, softcap), None
         output, _ = sdpa_attention_forward(
             module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs
         )
         return output, None
+    _refuse(module, kwargs)
     layer.unread -= 1
     if layer.unread == 0:
         delattr(key, _LAYER)  # the layer may hold a view of these keys: no cycle must remain
     valid, pattern = _reader.read(attention_mask, query.shape[2])
-    return layer.attend(Step(module, query, scale, valid, pattern, s_aux)), None
+    return layer.attend(Step(module, query, scale, valid, pattern, s_aux, softcap)), None
+
+
+def _refuse(module: torch.nn.Module, kwargs: dict[str, Any]) -> None:
+    odd = [name for name in _UNKNOWN if kwargs.get(name) is not None]
+    if (kwargs.get("is_causal") is False) or not getattr(module, "is_causal", True):
+        odd.append("attention in both directions")
+    if odd:
+        raise UnsupportedError(
+            f"{type(module).__name__} attends with {odd[0]}, which a cache layer cannot do: plans "
+            "are for causal attention by keys and values alone."
+        )
 
 
 def _mask(
@@ -224,8 +234,8 @@ def causal_attention(step: Step, key: Tensor, value: Tensor) -> Tensor:
     T, S = step.query.shape[2], key.shape[2]
     if step.valid is not None:
         return _each_alone(step, key, value)
-    if step.sinks is not None:
-        return _over_rows(step.query, key, value, step.scale, step.pattern, step.sinks)
+    if step.sinks is not None or step.softcap is not None:
+        return _over_rows(step, key, value)
     mask = None
     if step.pattern is not None:
         old = step.pattern.new_ones(*step.pattern.shape[:2], S - T)
@@ -250,81 +260,97 @@ def _each_alone(step: Step, key: Tensor, value: Tensor) -> Tensor:
             continue
         places = torch.cat([old, tokens + key.shape[2] - T])
         pattern = None if step.pattern is None else step.pattern[b : b + 1, tokens][:, :, tokens]
-        alone = Step(
-            step.module, step.query[b : b + 1, :, tokens], step.scale, None, pattern, step.sinks
-        )
+        query = step.query[b : b + 1, :, tokens]
+        alone = replace(step, query=query, valid=None, pattern=pattern)
         found = causal_attention(alone, key[b : b + 1, :, places], value[b : b + 1, :, places])
         out[b, tokens] = found[0]
     return out
 
 
-def _over_rows(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    scale: float,
-    pattern: Tensor | None,
-    sinks: Tensor,
-) -> Tensor:
+def _over_rows(step: Step, key: Tensor, value: Tensor) -> Tensor:
     B, K, S, _ = key.shape
     return ragged_attention(
-        query,
+        step.query,
         key.reshape(B * K * S, -1),
         value.reshape(B * K * S, -1),
         offsets=range(0, B * K * S, S),
         lengths=[S] * (B * K),
-        scale=scale,
-        pattern=pattern,
-        sinks=sinks,
+        scale=step.scale,
+        pattern=step.pattern,
+        sinks=step.sinks,
+        softcap=step.softcap,
     ).transpose(1, 2)
 
 
-def _stock_with_sinks(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, sinks: Tensor
+def _explicit(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    sinks: Tensor | None,
+    softcap: float | None,
 ) -> Tensor:
-    """Attention with learned sinks over a cache that is not planned, as in a sliding window.
+    """Attention with learned sinks or soft caps over a cache that is not planned (a window).
 
     transformers has it only in its eager form, which each model brings along.
     """
     G = query.shape[1] // key.shape[1]
     logits = query @ key.repeat_interleave(G, 1).transpose(-1, -2) * scale  # [B, H, T, S]
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
     if mask is None and query.shape[2] > 1:
         T, S = query.shape[2], key.shape[2]
         mask = torch.ones(T, S, dtype=torch.bool, device=key.device).tril(S - T)
     if mask is not None:
-        logits = logits.masked_fill(~mask, float("-inf"))
-    column = sinks.view(1, -1, 1, 1).expand(*logits.shape[:3], 1).to(logits)
-    weights = torch.cat([logits, column], dim=-1).float().softmax(-1)[..., :-1].to(value.dtype)
+        # not -inf: a query that is padding may see nothing, and must not become NaN
+        logits = logits.masked_fill(~mask, torch.finfo(logits.dtype).min)
+    if sinks is not None:
+        column = sinks.view(1, -1, 1, 1).expand(*logits.shape[:3], 1).to(logits)
+        logits = torch.cat([logits, column], dim=-1)
+    weights = logits.float().softmax(-1)[..., : key.shape[2]].to(value.dtype)
     return (weights @ value.repeat_interleave(G, 1)).transpose(1, 2).contiguous()
 
 
+def stock_attention(decoder: Any) -> str:
+    """Which of transformers' attentions plans stand in for: "sdpa", or "eager" where it lacks."""
+    # some versions let SDPA run without the soft cap that the model was trained with
+    capped = getattr(decoder.config, "attn_logit_softcapping", None) is not None
+    return "sdpa" if decoder._supports_sdpa and not capped else "eager"
+
+
 def check_attention(model: Any) -> str:
-    """The attention that the model runs, "sdpa" or, where it has no other, "eager".
+    """The attention that the model runs, which is its `stock_attention`.
 
     Raises UnsupportedError for any other, and if a plan is applied already.
     """
-    running: str = model.config._attn_implementation
+    decoder = text_decoder(model)
+    running: str = decoder.config._attn_implementation
     if running == IMPLEMENTATION:
         raise UnsupportedError(
             "A plan is already applied to this model: leave that `with` block first."
         )
-    if running != "sdpa" and (running != "eager" or model._supports_sdpa):
+    if running != (stock := stock_attention(decoder)):
         raise UnsupportedError(
-            f'The model runs attention "{running}", but plans need "sdpa": '
-            'load it with attn_implementation="sdpa".'
+            f'The model runs attention "{running}", but plans need "{stock}": '
+            f'load it with attn_implementation="{stock}".'
         )
     return running
 
 
 @contextmanager
 def attending(model: Any) -> Iterator[None]:
-    """Route the model's attention through cache layers; restore it on leaving."""
+    """Route the decoder's attention through cache layers; restore it on leaving.
+
+    A vision tower keeps its own.
+    """
     running = check_attention(model)
     # additive and idempotent: no existing implementation is touched
     AttentionInterface.register(IMPLEMENTATION, _attention)
     AttentionMaskInterface.register(IMPLEMENTATION, _mask)
-    model.set_attn_implementation(IMPLEMENTATION)
+    decoder = text_decoder(model)
+    decoder.set_attn_implementation(IMPLEMENTATION)
     try:
         yield
     finally:
-        model.set_attn_implementation(running)
+        decoder.set_attn_implementation(running)

@@ -13,6 +13,7 @@ from cacheplan.adapters.calls import unwrapped
 from cacheplan.adapters.digest import digest
 from cacheplan.adapters.dry_run import Seen, dry_run
 from cacheplan.adapters.loop import denoisers as denoisers
+from cacheplan.adapters.offloading import Weights
 from cacheplan.adapters.settings import call_settings, prompts_of, public, scheduler_settings
 from cacheplan.adapters.streams import Streams
 from cacheplan.errors import InputError, UnsupportedError
@@ -153,7 +154,7 @@ def split(pipe: Any, path: str) -> tuple[str, str]:
 def pipeline_digest(pipe: Any) -> str:
     """Digest of configuration and weights of all denoisers."""
     modules = [unwrapped(module) for module in denoisers(pipe).values()]
-    return digest((public(module.config), module.state_dict()) for module in modules)
+    return digest((public(module.config), Weights(module)) for module in modules)
 
 
 def _block(path: str, seen: Seen, prompts: int) -> Block:

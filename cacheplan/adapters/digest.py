@@ -22,7 +22,8 @@ def digest(models: Iterable[tuple[Mapping[str, Any], Mapping[str, Tensor]]]) -> 
     result = hashlib.sha256()
     for config, weights in models:
         result.update(json.dumps(dict(config), sort_keys=True, default=str).encode())
-        for name, tensor in sorted(weights.items()):
+        for name in sorted(weights):
+            tensor = weights[name]  # one at a time: they may have to be fetched
             flat = tensor.detach().flatten()
             step = max(1, flat.numel() // _SAMPLED)
             sample = flat[::step][:_SAMPLED].to("cpu", torch.bfloat16).view(torch.int16)

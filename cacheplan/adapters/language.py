@@ -11,10 +11,16 @@ from typing import Any
 
 import torch
 
+from cacheplan.adapters.decoder import text_decoder
 from cacheplan.adapters.digest import digest
+from cacheplan.adapters.images import image_token
+from cacheplan.adapters.offloading import Weights, placement_arguments
 from cacheplan.errors import InputError, UnsupportedError
+from cacheplan.placement import Placement
 from cacheplan.types import FULL_ATTENTION, LanguageSpec
 
+# layers whose cache does not grow with the text, in transformers' words
+_BOUNDED = ("sliding_attention", "chunked_attention", "linear_attention", "conv", "dummy")
 _VOLATILE = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache"}
 
 
@@ -23,16 +29,26 @@ class LanguageModel:
     model: Any
     tokenizer: Any
     spec: LanguageSpec
+    processor: Any = None  # of images too; None for models of text alone
 
 
-def load(name: str | None, *, device: str | None = None, dtype: str | None = None) -> LanguageModel:
-    """Load a causal language model and its tokenizer by hub id, folder, or embedded name.
+def load(
+    name: str | None,
+    *,
+    device: str | None = None,
+    dtype: str | None = None,
+    placement: Placement | None = None,
+) -> LanguageModel:
+    """Load a language model, with or without vision, by hub id, folder, or embedded name.
 
-    `name` None means the embedded model.  `dtype` None takes the checkpoint's own.  Raises
-    InputError if it cannot be loaded and UnsupportedError if plans cannot run on it.
+    `name` None means the embedded model.  `dtype` None takes the checkpoint's own.  `placement`
+    divides the model over devices, instead of `device`.  Raises InputError if it cannot be loaded
+    and UnsupportedError if plans cannot run on it.
     """
     try:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoConfig, AutoTokenizer
+
+        from cacheplan.adapters.attention import stock_attention
     except ImportError as error:
         raise InputError(
             f"Language models need the package transformers ({error}): "
@@ -43,14 +59,18 @@ def load(name: str | None, *, device: str | None = None, dtype: str | None = Non
 
     name = name or EMBEDDED_LANGUAGE_MODEL
     source = embedded_path(name) or name
+    placed = placement_arguments(placement, device)
     try:
         where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         kind = getattr(torch, dtype) if dtype else "auto"
         with _without_progress_bars():
             tokenizer = AutoTokenizer.from_pretrained(source)
-            model = AutoModelForCausalLM.from_pretrained(
-                source, dtype=kind, attn_implementation="sdpa"
-            ).to(where)
+            loader, processor = _loader(AutoConfig.from_pretrained(source), source)
+            model = loader.from_pretrained(source, dtype=kind, **placed)
+            decoder = text_decoder(model)
+            decoder.set_attn_implementation(stock_attention(decoder))
+            if placement is None:
+                model = model.to(where)
     except (OSError, ValueError, AttributeError, RuntimeError, AssertionError) as error:
         reason = str(error).strip().split("\n")[0].rstrip(".")
         raise InputError(
@@ -62,7 +82,26 @@ def load(name: str | None, *, device: str | None = None, dtype: str | None = Non
         shown = name
     else:
         shown = str(Path(source).resolve())
-    return LanguageModel(model, tokenizer, describe(model, shown))
+    return LanguageModel(model, tokenizer, describe(model, shown), processor)
+
+
+def _loader(config: Any, source: Any) -> tuple[Any, Any]:
+    """The class that loads a model of this configuration, and its processor of images."""
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+        AutoProcessor,
+    )
+
+    if image_token(config) is None:
+        return AutoModelForCausalLM, None
+    try:
+        processor = AutoProcessor.from_pretrained(source)
+    except (ImportError, OSError, ValueError):
+        processor = None  # text alone needs none; an image will ask for it
+    if not hasattr(processor, "image_processor"):
+        processor = None
+    return AutoModelForImageTextToText, processor
 
 
 @contextmanager
@@ -79,10 +118,16 @@ def _without_progress_bars() -> Iterator[None]:
 
 
 def describe(model: Any, name: str | None = None) -> LanguageSpec:
-    """Describe a loaded model, taking cache widths from the tensors it really stores."""
+    """Describe a loaded model, taking cache widths from the tensors it really stores.
+
+    Raises UnsupportedError if plans cannot run on it.
+    """
+    from cacheplan.adapters.probe import stored_shapes
+
     config = model.config.get_text_config(decoder=True)
     kinds = _layer_kinds(model, config)
-    key, value = _stored_widths(model)
+    planned = [index for index, kind in enumerate(kinds) if kind == FULL_ATTENTION]
+    key, value = stored_shapes(model, planned, readers(model))
     return LanguageSpec(
         id=name or model.config._name_or_path or type(model).__name__,
         architecture=type(model).__name__,
@@ -94,6 +139,7 @@ def describe(model: Any, name: str | None = None) -> LanguageSpec:
         max_length=getattr(config, "max_position_embeddings", 0) or 0,
         rope=json.dumps(getattr(config, "rope_parameters", None), sort_keys=True, default=str),
         digest=_digest(model),
+        image_token=image_token(model.config),
     )
 
 
@@ -114,33 +160,37 @@ def _layer_kinds(model: Any, config: Any) -> tuple[str, ...]:
     from transformers.cache_utils import get_layer_types_and_kwargs
 
     kinds, _ = get_layer_types_and_kwargs(config)
-    other = sorted(set(kinds) - {FULL_ATTENTION})
-    if other:
+    # before 5.23 transformers made no entry for layers that read another's keys
+    kinds = [*kinds, *["dummy"] * (config.num_hidden_layers - len(kinds))]
+    if odd := sorted(set(kinds) - {FULL_ATTENTION, *_BOUNDED}):
         raise UnsupportedError(
-            f"{name} has {', '.join(other)} layers, but only models whose layers are all "
-            "full_attention can be planned so far."
+            f"{name} has {', '.join(odd)} layers, whose caches grow with the text in a way that "
+            "plans cannot describe yet."
+        )
+    if FULL_ATTENTION not in kinds:
+        raise UnsupportedError(
+            f"{name} has only {', '.join(sorted(set(kinds)))} layers, whose caches do not grow "
+            "with the text: there is nothing to plan."
         )
     return tuple(kinds)
 
 
-@torch.no_grad()
-def _stored_widths(model: Any) -> tuple[torch.Size, torch.Size]:
-    """Shapes of the first layer's keys and values after one token."""
-    from transformers import DynamicCache
+def readers(model: Any) -> list[int]:
+    """How many layers read each layer's keys: more than one where later layers share them.
 
-    cache = DynamicCache(config=model.config)
-    token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
-    model.get_decoder()(input_ids=token, past_key_values=cache, use_cache=True)
-    layers = [(layer.keys.shape, layer.values.shape) for layer in cache.layers]
-    if len(set(layers)) > 1:
-        raise UnsupportedError(
-            f"{type(model).__name__} stores keys and values of different shapes in different "
-            "layers, which plans cannot describe yet."
-        )
-    return layers[0]
+    The last layers of a model may read those of the last layer of their kind before them.
+    """
+    config = model.config.get_text_config(decoder=True)
+    layers, shared = config.num_hidden_layers, getattr(config, "num_kv_shared_layers", 0) or 0
+    found = [1] * layers
+    if shared:
+        own, kinds = layers - shared, config.layer_types
+        for kind in kinds[own:]:
+            found[max(index for index in range(own) if kinds[index] == kind)] += 1
+    return found
 
 
 def _digest(model: Any) -> str:
     config = {k: v for k, v in model.config.to_dict().items() if k not in _VOLATILE}
     config = {k: v for k, v in config.items() if not k.startswith("_attn_implementation")}
-    return digest([(config, model.state_dict())])
+    return digest([(config, Weights(model))])

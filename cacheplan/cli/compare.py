@@ -11,7 +11,19 @@ from cacheplan import api
 from cacheplan.cli.facts import damage_facts
 from cacheplan.cli.feature_tables import picture_comparison, picture_facts
 from cacheplan.cli.numbers import number, percent
-from cacheplan.cli.options import Call, Device, Dtype, Json, Model, Prompts, Split
+from cacheplan.cli.options import (
+    Call,
+    Device,
+    DeviceMap,
+    Dtype,
+    Json,
+    MaxMemory,
+    Model,
+    OffloadFolder,
+    Prompts,
+    Split,
+    placement_of,
+)
 from cacheplan.cli.output import draw, emit, say, suggest
 from cacheplan.cli.progress import progress
 from cacheplan.cli.tables import comparison_table
@@ -41,6 +53,9 @@ def compare(
     model: Model = None,
     device: Device = None,
     dtype: Dtype = None,
+    device_map: DeviceMap = None,
+    max_memory: MaxMemory = None,
+    offload_folder: OffloadFolder = None,
     as_json: Json = False,
 ) -> None:
     """Measure several plans of one model on the same prompts.
@@ -63,12 +78,14 @@ def compare(
         "device": device,
         "dtype": dtype,
     }
+    placement = placement_of(device_map, max_memory, offload_folder)
     names = _names(files)
     if isinstance(plans[0], KVPlan):
         _refuse({"out": out, "call": call}, plans[0])
+        common["placement"] = placement
         facts = _texts(dict(zip(names, plans, strict=True)), split, common, as_json=as_json)
     else:
-        _refuse({"split": split}, plans[0])
+        _refuse({"split": split, "device-map": placement}, plans[0])
         out = out or GRID
         check_picture_file(out)
         features = [plan for plan in plans if isinstance(plan, FeaturePlan)]

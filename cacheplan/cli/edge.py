@@ -14,6 +14,8 @@ from cacheplan.errors import CacheplanError
 
 INTERRUPTED, BUG = 130, 70  # as shells count SIGINT; EX_SOFTWARE of sysexits.h
 
+_RESUMED = {"profile": "finished prompts", "refine": "schedules that were run"}
+
 
 class Edge(TyperGroup):
     """The group of all commands."""
@@ -44,8 +46,8 @@ def _verdict(error: BaseException, command: str | None) -> tuple[int, str]:
     if isinstance(error, CacheplanError):
         return error.exit_code, f"Error: {error}"
     if isinstance(error, KeyboardInterrupt):
-        if command == "profile":
-            kept = "finished prompts are kept, run the same command to go on."
+        if command in _RESUMED:
+            kept = f"{_RESUMED[command]} are kept, run the same command to go on."
             return INTERRUPTED, f"Interrupted; {kept}"
         return INTERRUPTED, "Interrupted."
     reason = f"{type(error).__name__}: {error}".split("\n")[0].rstrip(".: ")

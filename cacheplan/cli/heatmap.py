@@ -17,7 +17,8 @@ from cacheplan.types import KVAction, KVPlan, KVProfile, Scorer
 
 CELL = 5  # columns: three digits, a letter, a space
 MARGIN = "layer "
-LETTERS = {"key_norm": "n", "key_difference": "d"}  # the others: their initial
+# the others: their initial
+LETTERS = {"key_norm": "n", "key_difference": "d", "low_pass_residual": "f"}
 LETTER_KEEP = 0.2  # where a profile's scorers are compared
 _VIRIDIS = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from cacheplan.types import (
     KVProfile,
     KVRecipe,
     LanguageSpec,
+    LayerWeight,
     Scorer,
 )
 
@@ -25,20 +27,23 @@ if TYPE_CHECKING:
     from cacheplan.api import Generation
 
 TAIL = 40  # characters of a prompt that are shown
+_MERGED = {"nearest": "nearest", "similar": "best of their run"}
 
 
 def model_words(spec: LanguageSpec) -> str:
     return f"{spec.id} ({spec.architecture}, {spec.layers} layers of {spec.kv_heads} kv heads)"
 
 
-def scorer_words(scorer: Scorer) -> str:
+def scorer_words(cell: Scorer | LayerWeight) -> str:
     """Name and settings that differ from the default, such as "random (seed 3)"."""
-    changed = [
-        field.name if value is True else f"{field.name} {value}"
-        for field in dataclasses.fields(scorer)
-        if (value := getattr(scorer, field.name)) != field.default
-    ]
-    return f"{scorer.name} ({', '.join(changed)})" if changed else scorer.name
+    changed = []
+    for field in dataclasses.fields(cell):
+        value = getattr(cell, field.name)
+        if isinstance(value, tuple) and value:
+            changed.append(f"{len(value)} {field.name}")
+        elif value != field.default:
+            changed.append(field.name if value is True else f"{field.name} {value}")
+    return f"{cell.name} ({', '.join(changed)})" if changed else cell.name
 
 
 def action_words(action: KVAction) -> str:
@@ -47,20 +52,39 @@ def action_words(action: KVAction) -> str:
     for name in ("sinks", "recent", "recent_share", "floor"):
         if getattr(action, name):
             words.append(f"{name.replace('_', ' ')} {getattr(action, name)}")
+    if action.protect_text:
+        words.append("text before images")
     if action.share != "head":
         words.append(f"one set per {action.share}")
     if action.split != "equal":
         words.append(f"{action.split} split")
+    if action.merge is not None:
+        words.append(f"losers merged into the {_MERGED[action.merge.to]}")
     return ", ".join(words)
+
+
+def division_words(recipe: KVRecipe) -> str:
+    """How the budget is divided, such as "proportional to pyramid"."""
+    words = recipe.allocation
+    if recipe.weight is not None:
+        words += f" to {scorer_words(recipe.weight)}"
+    if recipe.least or recipe.least_share:
+        words += f", at least {recipe.least or f'{recipe.least_share:g} of the mean'}"
+    if math.isfinite(recipe.most):
+        words += f", at most {recipe.most:g} times the mean"
+    return words
 
 
 def cells(recipe: KVRecipe) -> str:
     """What a recipe is made of, in one line."""
+    words = [division_words(recipe)]
     if len(recipe.candidates) == 1:
-        words = [recipe.allocation, action_words(recipe.candidates[0])]
+        words.append(action_words(recipe.candidates[0]))
     else:
         names = dict.fromkeys(candidate.scorer.name for candidate in recipe.candidates)
-        words = [recipe.allocation, f"{len(recipe.candidates)} candidates: {', '.join(names)}"]
+        words.append(f"{len(recipe.candidates)} candidates: {', '.join(names)}")
+    if recipe.ranking_heads:
+        words.append(f"chosen by {recipe.ranking_heads} retrieval heads")
     if recipe.decode_every is not None:
         words.append(f"again every {recipe.decode_every} new tokens")
     return "; ".join(words)
@@ -82,11 +106,28 @@ def profile_words(profile: KVProfile) -> str:
     )
 
 
+def image_words(profile: KVProfile) -> str | None:
+    """What images take of context and attention; None for profiles without any."""
+    if "image_mass" not in profile.statistics:
+        return None
+    share, mass = statistic(profile, "image_share"), statistic(profile, "image_mass")
+    layers = ", ".join(f"{100 * layer:.0f}" for layer in mass)
+    return (
+        f"images are {percent(float(share))} of the context and receive this much of the attention "
+        f"to it, in percent by layer: {layers}"
+    )
+
+
 def profile_facts(profile: KVProfile) -> dict[str, Any]:
     """What a profile of this family holds besides what all do."""
     return {
         "keeps": list(profile.keeps),
         "candidates": [action_words(candidate) for candidate in profile.candidates],
+        **{
+            name: profile.statistics[name].mean.tolist()
+            for name in ("image_share", "image_mass")
+            if name in profile.statistics
+        },
     }
 
 

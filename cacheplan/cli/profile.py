@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,7 +11,20 @@ import typer
 
 from cacheplan import api
 from cacheplan.cli.facts import profile_facts, profile_words
-from cacheplan.cli.options import PROFILE, Call, Device, Dtype, Json, Limit, Prompts, Split
+from cacheplan.cli.options import (
+    PROFILE,
+    Call,
+    Device,
+    DeviceMap,
+    Dtype,
+    Json,
+    Limit,
+    MaxMemory,
+    OffloadFolder,
+    Prompts,
+    Split,
+    placement_of,
+)
 from cacheplan.cli.output import emit, suggest
 from cacheplan.cli.progress import progress
 from cacheplan.errors import InputError
@@ -75,13 +90,17 @@ def profile(
     ] = "0/1",
     device: Device = None,
     dtype: Dtype = None,
+    device_map: DeviceMap = None,
+    max_memory: MaxMemory = None,
+    offload_folder: OffloadFolder = None,
     as_json: Json = False,
 ) -> None:
     """Measure what a model needs from its caches.
 
     Of a language model: what each head needs from the KV cache.  Of a diffusion model: how far
     each feature is from those of earlier steps, and which steps matter.  Finished prompts are
-    kept when the command is interrupted; the same command goes on.
+    kept when the command is interrupted; the same command goes on.  Processes that torchrun
+    starts divide the prompts, one GPU each.
 
     \b
     Examples:
@@ -90,27 +109,35 @@ def profile(
       cacheplan profile Qwen/Qwen2.5-0.5B --prompts texts.txt --limit 32
       cacheplan profile ./PixArt-XL-2-512x512 --prompts pictures.txt --steps 20 --guidance 4.5
       cacheplan profile --shard 0/2 --out part0.safetensors
+      torchrun --nproc-per-node 8 -m cacheplan profile Qwen/Qwen3-4B --prompts texts.jsonl
+      cacheplan profile Qwen/Qwen3-32B --prompts texts.jsonl --device-map auto
     """
-    part, parts = _shard(shard)
-    settings = _settings(api.family_of(model, family), steps, guidance, call)
-    with progress(str(out)) as report:
-        found = api.profile(
-            model,
-            family=family,
-            prompts=prompts,
-            out=out,
-            split=split,
-            settings=settings,
-            limit=limit,
-            ablate=ablate,
-            lags=lags,
-            tokens=tokens,
-            seed=seed,
-            shard=(part, parts),
-            device=device,
-            dtype=dtype,
-            progress=report,
-        )
+    with _together() as processes:
+        part, parts = _shard(shard)
+        settings = _settings(api.family_of(model, family), steps, guidance, call)
+        first = processes.rank == 0
+        with progress(str(out)) if first else nullcontext(None) as report:
+            found = api.profile(
+                model,
+                family=family,
+                prompts=prompts,
+                out=out,
+                split=split,
+                settings=settings,
+                limit=limit,
+                ablate=ablate,
+                lags=lags,
+                tokens=tokens,
+                seed=seed,
+                shard=(part, parts),
+                device=device,
+                dtype=dtype,
+                progress=report,
+                processes=processes,
+                placement=placement_of(device_map, max_memory, offload_folder),
+            )
+    if not first:
+        return
     if found is not None:
         tell(found, out, as_json=as_json)
         return
@@ -119,6 +146,18 @@ def profile(
     else:
         print(f"{out}: shard {shard}")
     suggest("cacheplan merge PART..., once all shards are there")
+
+
+@contextmanager
+def _together() -> Iterator[api.Processes]:
+    """The processes of torchrun, if there are any; one of them alone says what failed."""
+    processes = api.launched()
+    try:
+        yield processes
+    except (Exception, KeyboardInterrupt):
+        if processes.speaks():
+            raise
+        raise typer.Exit(1) from None
 
 
 def _settings(

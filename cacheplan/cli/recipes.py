@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from cacheplan.cli.kv_facts import action_words
+from cacheplan.cli.kv_facts import action_words, division_words
 from cacheplan.cli.options import Json
 from cacheplan.cli.output import draw, emit, suggest
 from cacheplan.cli.tables import recipes_table
@@ -35,7 +35,7 @@ def _facts(recipe: Recipe) -> dict[str, Any]:
             "family": recipe.family,
             "summary": recipe.summary,
             "paper": recipe.paper,
-            "allocation": recipe.allocation,
+            "allocation": division_words(recipe),
             "candidates": [action_words(action) for action in recipe.candidates],
             "decode_every": recipe.decode_every,
         }

@@ -14,7 +14,18 @@ from cacheplan import api
 from cacheplan.budget import parse_bytes
 from cacheplan.cli.feature_facts import drawing_words
 from cacheplan.cli.kv_facts import generation_words, tail
-from cacheplan.cli.options import PLAN, Call, Device, Dtype, Json, Model
+from cacheplan.cli.options import (
+    PLAN,
+    Call,
+    Device,
+    DeviceMap,
+    Dtype,
+    Json,
+    MaxMemory,
+    Model,
+    OffloadFolder,
+    placement_of,
+)
 from cacheplan.cli.output import emit, say, suggest
 from cacheplan.cli.progress import progress
 from cacheplan.errors import InputError
@@ -37,6 +48,10 @@ def run(
     prompt_file: Annotated[
         Path | None, typer.Option(metavar="FILE", help='The same from a file; "-" is stdin.')
     ] = None,
+    image: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="A picture to show a vision-language model."),
+    ] = None,
     model: Model = None,
     max_new_tokens: Annotated[
         int | None,
@@ -45,6 +60,14 @@ def run(
     temperature: Annotated[
         float | None,
         typer.Option(metavar="T", min=0.0, help="Of text; 0 takes the likeliest token."),
+    ] = None,
+    prefill_chunk: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="Read the prompt N tokens at a time and evict after each, to bound memory.",
+        ),
     ] = None,
     seed: Annotated[
         int | None, typer.Option(metavar="N", min=0, help="Of the sampling or the noise; 0.")
@@ -67,6 +90,9 @@ def run(
     ] = None,
     device: Device = None,
     dtype: Dtype = None,
+    device_map: DeviceMap = None,
+    max_memory: MaxMemory = None,
+    offload_folder: OffloadFolder = None,
     as_json: Json = False,
 ) -> None:
     """Generate text, or draw a picture, under a plan.
@@ -78,6 +104,7 @@ def run(
     Examples:
       cacheplan run --plan plan.json
       cacheplan run --plan plan.json --prompt-file long.txt --max-new-tokens 256
+      cacheplan run --plan plan.json --image chart.png --prompt "What does it show?"
       cacheplan run --plan pictures.json --prompt "two striped green squares on grey" -o a.png
     """
     if prompt_file is not None:
@@ -86,7 +113,14 @@ def run(
         prompt = _read(prompt_file)
     followed = api.load_plan(plan)
     pictures = {"out": out, "arguments": arguments, "call": call, "cache-memory": cache_memory}
-    texts = {"max-new-tokens": max_new_tokens, "temperature": temperature}
+    placement = placement_of(device_map, max_memory, offload_folder)
+    texts = {
+        "max-new-tokens": max_new_tokens,
+        "temperature": temperature,
+        "image": image,
+        "prefill-chunk": prefill_chunk,
+        "device-map": placement,
+    }
     if isinstance(followed, FeaturePlan):
         _refuse(texts, followed)
         path = out or PICTURE
@@ -116,6 +150,7 @@ def run(
         found = api.generate(
             followed,
             prompt=prompt,
+            image=image,
             model=model,
             max_new_tokens=NEW_TOKENS if max_new_tokens is None else max_new_tokens,
             temperature=TEMPERATURE if temperature is None else temperature,
@@ -123,6 +158,8 @@ def run(
             device=device,
             dtype=dtype,
             on_text=None if as_json else _stream,
+            prefill_chunk=prefill_chunk,
+            placement=placement,
         )
         if as_json:
             emit(dataclasses.asdict(found))

@@ -13,7 +13,7 @@ from cacheplan.cli.feature_map import feature_map, sensitivity_lines
 from cacheplan.cli.feature_map import legend as feature_legend
 from cacheplan.cli.feature_tables import lag_table
 from cacheplan.cli.heatmap import legend, plan_heatmap, sensitivity_heatmap
-from cacheplan.cli.kv_facts import action_words
+from cacheplan.cli.kv_facts import action_words, image_words
 from cacheplan.cli.numbers import number
 from cacheplan.cli.options import PLAN, PROFILE, Json
 from cacheplan.cli.output import draw, emit, say, suggest
@@ -103,7 +103,10 @@ def _show_feature_map(plan: FeaturePlan) -> None:
 
 
 def _show_kv_profile(path: Path, profile: KVProfile) -> None:
-    print(f"{path}: {profile_words(profile)}\n")
+    print(f"{path}: {profile_words(profile)}")
+    if pictured := image_words(profile):
+        print(pictured)
+    print()
     draw(damage_table(profile, map(action_words, profile.candidates)))
     heatmap, most, keep = sensitivity_heatmap(profile)
     print(f"\nKL when one head alone is cut back, in percent of the largest ({number(most)}), and")

@@ -11,7 +11,21 @@ import typer
 from cacheplan import api
 from cacheplan.cli.facts import damage_facts
 from cacheplan.cli.feature_tables import picture_facts, picture_table
-from cacheplan.cli.options import PLAN, Call, Device, Dtype, Json, Limit, Model, Prompts, Split
+from cacheplan.cli.options import (
+    PLAN,
+    Call,
+    Device,
+    DeviceMap,
+    Dtype,
+    Json,
+    Limit,
+    MaxMemory,
+    Model,
+    OffloadFolder,
+    Prompts,
+    Split,
+    placement_of,
+)
 from cacheplan.cli.output import draw, emit, say, suggest
 from cacheplan.cli.progress import progress
 from cacheplan.cli.tables import verification_table
@@ -34,6 +48,9 @@ def verify(
     model: Model = None,
     device: Device = None,
     dtype: Dtype = None,
+    device_map: DeviceMap = None,
+    max_memory: MaxMemory = None,
+    offload_folder: OffloadFolder = None,
     as_json: Json = False,
 ) -> None:
     """Measure a plan beside what was predicted for it.
@@ -53,6 +70,7 @@ def verify(
         "limit": limit,
         "device": device,
         "dtype": dtype,
+        "placement": placement_of(device_map, max_memory, offload_folder),
     }
     facts: dict[str, Any]
     if isinstance(plan, KVPlan):

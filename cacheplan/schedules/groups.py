@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cacheplan.errors import UnsupportedError
-from cacheplan.plans.compute import experts, saved_flops
+from cacheplan.plans.compute import expert_ranges, halves, saved_flops
 from cacheplan.types import DiffusionSpec, FeatureProfile, FeatureRecipe, FeatureSite
 
 _PROBING = 4  # at most a quarter of the blocks probe
@@ -13,13 +13,21 @@ _PROBING = 4  # at most a quarter of the blocks probe
 
 @dataclass(frozen=True)
 class Group:
-    """Sites with one schedule; `cost` is the share of all FLOPs that computing them once takes.
+    """Sites with one schedule; `cost` is the share of all FLOPs that leaving them out once saves.
 
     Of a model whose denoisers take turns, a group holds sites of each: those of one run at a time.
+    `turns` are the steps at which each site may be left out, where that is not all of them.
     """
 
     sites: tuple[FeatureSite, ...]
     cost: float
+    turns: tuple[range, ...] = ()
+
+    def at(self, spec: DiffusionSpec, step: int) -> list[FeatureSite]:
+        """The sites that are left out when the step is not computed."""
+        turns = self.turns or (range(spec.steps),) * len(self.sites)
+        pairs = zip(self.sites, turns, strict=True)
+        return [site for site, turn in pairs if step in turn and runs(spec, site, step)]
 
 
 def whole(profile: FeatureProfile) -> FeatureSite:
@@ -44,31 +52,35 @@ def head(profile: FeatureProfile, blocks: int) -> int:
 
 def runs(spec: DiffusionSpec, site: FeatureSite, step: int) -> bool:
     """Whether the site is in the denoiser that runs at the step."""
-    if site.part in ("hidden", "model"):
+    if site.part in ("hidden", "model") or not spec.expert_starts:
         return True
-    running, start = sum(begin <= step for begin in spec.expert_starts), 0
-    for index, blocks in enumerate(experts(spec)):
-        if index == running:
-            return start <= site.first and site.last <= start + len(blocks)
-        start += len(blocks)
-    return False
+    running = sum(begin <= step for begin in spec.expert_starts)
+    found = expert_ranges(spec)
+    blocks = found[min(running, len(found) - 1)]
+    return blocks.start <= site.first and site.last <= blocks.stop
 
 
 def groups(profile: FeatureProfile, recipe: FeatureRecipe) -> list[Group]:
     """The recipe's sites; UnsupportedError where the model has none of the kind."""
     spec, end = profile.model, len(profile.model.blocks)
+    turns: tuple[range, ...] = ()
     single = {
         "whole": whole(profile),
+        "branch": FeatureSite(part="branch", first=1, last=end - 1),
         "model": model(profile),
         "stack": FeatureSite(part="delta", first=0, last=end),
         "tail": FeatureSite(part="delta", first=head(profile, recipe.head), last=end),
     }
     if recipe.sites in single:
         chosen: list[tuple[FeatureSite, ...]] = [(single[recipe.sites],)]
+    elif recipe.sites == "halves":
+        pairs = [half for blocks in expert_ranges(spec) for half in halves(blocks)]
+        chosen, half = [tuple(pairs)], spec.steps // 2
+        turns = (range(half, spec.steps), range(half)) * (len(pairs) // 2)
     else:
-        deltas = recipe.sites == "blocks"
-        found = [s for s in profile.sites if _fine(s, deltas=deltas)]
-        chosen = _shared(found, recipe.share)
+        deltas, named = recipe.sites == "blocks", dict(recipe.ranges)
+        fine = [s for s in profile.sites if _fine(s, deltas=deltas)]
+        chosen = _shared([s for s in fine if not named or s.part in named], recipe.share)
     for sites in chosen:
         for site in sites:
             if site not in profile.sites:
@@ -87,18 +99,30 @@ def groups(profile: FeatureProfile, recipe: FeatureRecipe) -> list[Group]:
             f'The recipe "{recipe.name}" gives every site its own steps, but the denoisers of '
             f'{spec.pipeline} take turns: choose a recipe for the whole model, such as "planned".'
         )
-    return [Group(sites, _cost(spec, sites)) for sites in chosen]
+    found = [Group(sites, 0.0, turns) for sites in chosen]
+    probed = probing(spec, recipe)
+    return [replace(group, cost=_saved(spec, group) - probed) for group in found]
 
 
-def _cost(spec: DiffusionSpec, sites: tuple[FeatureSite, ...]) -> float:
-    """The share of all FLOPs that computing the sites takes at one step, mean over steps."""
-    saved = sum(
-        saved_flops(spec, site, step)
+def probing(spec: DiffusionSpec, recipe: FeatureRecipe) -> float:
+    """The share of all FLOPs that a gate computes at a step it skips, beyond what is kept fresh.
+
+    It looks at the first blocks in the first of a step's calls.
+    """
+    gate = recipe.gate
+    if gate is None or gate.signal == "secant" or recipe.sites not in ("whole", "stack"):
+        return 0.0
+    probed = sum(block.cost for block in spec.blocks[: gate.blocks])
+    return probed / (len(spec.branches) * spec.steps * spec.cost)
+
+
+def _saved(spec: DiffusionSpec, group: Group) -> float:
+    """The share of all FLOPs that one step less saves, at the step where that is least."""
+    saved = (
+        sum(saved_flops(spec, site, step) for site in group.at(spec, step))
         for step in range(spec.steps)
-        for site in sites
-        if runs(spec, site, step)
     )
-    return saved / (spec.steps * spec.steps * spec.cost)
+    return min(saved) / (spec.steps * spec.cost)
 
 
 def _fine(site: FeatureSite, *, deltas: bool) -> bool:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from cacheplan.errors import InfeasibleError
 from cacheplan.schedules.groups import Group
 from cacheplan.schedules.tables import Gram, between, site_index, statistic
+from cacheplan.solvers.broadcast import Broadcast
 from cacheplan.solvers.lookahead import LookAhead
 from cacheplan.solvers.segments import forecast_costs, hold_costs, relative
 from cacheplan.solvers.shortest_path import EqualKeys
@@ -25,8 +26,10 @@ Mask = NDArray[np.bool_]
 
 
 def forced_steps(profile: FeatureProfile, recipe: FeatureRecipe) -> Mask:
-    """`[T]`: the first steps, the first of every denoiser, and the last where it is protected."""
-    forced = np.zeros(profile.model.steps, np.bool_)
+    """`[T]`: the first steps, the first of every denoiser, and what the recipe protects."""
+    T = profile.model.steps
+    forced = np.ones(T, np.bool_)
+    forced[round(recipe.window[0] * T) : round(recipe.window[1] * T)] = False
     forced[: max(1, recipe.warmup)] = True
     forced[list(profile.model.expert_starts)] = True
     forced[-1] |= recipe.protect_last
@@ -81,6 +84,7 @@ def published(
         "threshold": Threshold(),
         "magnitude": Magnitude(consecutive=profile.model.steps),
         "mask": StepsMask(),
+        "broadcast": Broadcast(tuple(dict(recipe.ranges).get(g.sites[0].part, 1) for g in found)),
     }
     solution = solvers[recipe.schedule](schedule)
     mask = solution.choice.astype(bool)
@@ -98,8 +102,9 @@ def _even(schedule: Schedule) -> Mask:
     if most < forced.sum():
         least = schedule.base.sum() + schedule.rate.sum() * forced.sum()
         raise InfeasibleError(
-            f"The budget {schedule.budget:.3g} buys {most} computed steps, but {forced.sum()} are "
-            f"always computed: the smallest feasible budget is {math.ceil(1000 * least) / 1000:g}."
+            f"The budget {schedule.budget:.3g} buys {max(0, most)} computed steps, but "
+            f"{forced.sum()} are always computed: the smallest feasible budget is "
+            f"{math.ceil(1000 * least) / 1000:g}."
         )
     free = np.flatnonzero(~forced)
     wanted = min(most - int(forced.sum()), len(free))

@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cacheplan.errors import InfeasibleError
-from cacheplan.plans.compute import experts, saved_flops
+from cacheplan.plans.compute import expert_ranges, saved_flops
 from cacheplan.schedules.groups import model, runs, whole
 from cacheplan.schedules.tables import RIDGE, Gram, sensitivity, site_index, statistic
 from cacheplan.solvers.paths import Curves
@@ -89,13 +89,12 @@ def options(profile: FeatureProfile, ridge: float = RIDGE) -> tuple[Option, ...]
 
 def tails(profile: FeatureProfile) -> list[FeatureSite]:
     """The deltas from a block that is not a denoiser's first to its last."""
-    found, start = list[FeatureSite](), 0
-    for blocks in experts(profile.model):
-        stop = start + len(blocks)
-        deltas = [s for s in profile.sites if s.part == "delta" and s.last == stop]
-        found += [site for site in deltas if site.first > start]
-        start = stop
-    return found
+    return [
+        site
+        for blocks in expert_ranges(profile.model)
+        for site in profile.sites
+        if site.part == "delta" and site.last == blocks.stop and site.first > blocks.start
+    ]
 
 
 def plan_steps(profile: FeatureProfile, forced: Mask, kept: float) -> Serving:
@@ -110,13 +109,40 @@ def plan_steps(profile: FeatureProfile, forced: Mask, kept: float) -> Serving:
     return found if drift <= RIDGE else plan_at(profile, forced, kept, drift)
 
 
+def serve(profile: FeatureProfile, computed: Mask, kept: float) -> Serving | None:
+    """The steps `computed` `[T]` and the best of the other steps within `kept`; None if none fits.
+
+    Fitted as in `plan_steps`.
+    """
+    found = _serve(profile, computed, kept, RIDGE)
+    if found is None or (drift := min(found.damage, 1.0) ** 2) <= RIDGE:
+        return found
+    return _serve(profile, computed, kept, drift)
+
+
+def _serve(profile: FeatureProfile, computed: Mask, kept: float, ridge: float) -> Serving | None:
+    menu = options(profile, ridge)
+    filled = _fill(*_tables(menu), computed, kept)
+    return None if filled is None else Serving(menu, computed, *filled, 0.0, ridge)
+
+
+def outlook(profile: FeatureProfile, forced: Mask) -> Schedule:
+    """Schedules judged as if the whole model's forecast served all steps that are not computed."""
+    option = options(profile)[0]
+    return _problem(option.single, option.pair, forced)
+
+
+def _tables(menu: tuple[Option, ...]) -> tuple[Floats, Floats, Floats]:
+    """Damage from one key and from two, and the rate, of all options."""
+    single, pair = ([getattr(option, name) for option in menu] for name in ("single", "pair"))
+    return np.stack(single), np.stack(pair), np.array([option.rate for option in menu])
+
+
 def plan_at(profile: FeatureProfile, forced: Mask, kept: float, ridge: float) -> Serving:
     """The best schedule found for forecasts fitted with this ridge."""
     menu = options(profile, ridge)
     T = profile.model.steps
-    rates = np.array([option.rate for option in menu])
-    single = np.stack([option.single for option in menu])
-    pair = np.stack([option.pair for option in menu])
+    single, pair, rates = _tables(menu)
     fewest = int(np.flatnonzero(np.isfinite(_curve(single, pair, forced).distortion[0]))[0])
     least = fewest / T + (T - fewest) * rates.min()
     if kept < least - _SLACK:
@@ -159,15 +185,18 @@ def plan_at(profile: FeatureProfile, forced: Mask, kept: float, ridge: float) ->
 
 def _curve(single: Floats, pair: Floats, forced: Mask) -> Curves:
     """The least damage for every number of computed steps, if each other step costs its best."""
-    problem = Schedule(
+    return curve(_problem(single.min(0), pair.min(0), forced))
+
+
+def _problem(single: Floats, pair: Floats, forced: Mask) -> Schedule:
+    return Schedule(
         rate=np.ones(1),
         base=np.zeros(1),
-        hold=hold_costs(single.min(0))[None],
-        forecast=forecast_costs(pair.min(0))[None],
+        hold=hold_costs(single)[None],
+        forecast=forecast_costs(pair)[None],
         forced=forced[None],
         budget=math.inf,
     )
-    return curve(problem)
 
 
 def _moved(best: Serving, forced: Mask, fill: Callable[[Mask], Filled | None]) -> Serving:
@@ -232,12 +261,11 @@ def _fill(
     """Options of the other steps that spend the rest of the budget best; None if none fits."""
     spent = computed.sum() / len(computed)
     table = damages(single, pair, computed)
-    served = np.full(len(computed), -1)
+    served, rest = np.full(len(computed), -1), kept - spent
+    if len(table) * rates.min() > rest + _SLACK or not np.isfinite(table).any(1).all():
+        return None
     if not len(table):
         return served, 0.0, float(spent)
-    rest = kept - spent
-    if len(table) * rates.min() > rest + _SLACK or not np.isfinite(table.min(1)).all():
-        return None
     knapsack = Knapsack(np.tile(rates, (len(table), 1)), table, rest + _SLACK)
     solution = knapsack_solver("lagrangian")(knapsack)
     served[~computed] = solution.choice

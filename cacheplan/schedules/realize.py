@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cacheplan.errors import InfeasibleError
-from cacheplan.schedules.groups import Group, runs
+from cacheplan.schedules.groups import Group
 from cacheplan.schedules.planned import Serving
 from cacheplan.schedules.tables import Gram, statistic
 from cacheplan.types import (
@@ -42,7 +42,7 @@ def entries(
     for group, row in zip(found, computed, strict=True):
         for step in np.flatnonzero(~row).tolist():
             keys = keys_before(profile.model, row, step)
-            for site in (site for site in group.sites if runs(profile.model, site, step)):
+            for site in group.at(profile.model, step):
                 made.append(
                     FeatureEntry(
                         site=site, step=step, action=_action(profile, recipe, site, step, keys)

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cacheplan.types.model import DiffusionSpec, FeatureSite, LanguageSpec
-from cacheplan.types.plan import KVAction
+from cacheplan.types.plan import KVAction, Precision
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,6 +47,15 @@ class KVProfile:
     continuation pays to the context, and in the context; only from prompts with images.
     `context_length`, `continuation_length` `[]`: tokens.
 
+    In few bits, unless the profile was taken without (FK, FV precisions `keys` and `values`):
+    `key_damage` `[L, K, FK]`, `value_damage` `[L, K, FV]`: damage of the whole context with keys, or
+    values, in that precision.
+    `demoted_damage` `[L, K, A', G, 2]`: damage of the candidates `demoted` when all tokens stay, but
+    those that the candidate would evict have keys, or values, in the last of the precisions.
+    `joint_damage` `[L, K, J]`: damage of the actions `joint` as the runtime stores them.
+    `coarse_kl`, `coarse_damage` `[L, K, 2]`: divergence of the model and damage when this head
+    alone has all keys, or values, in the last of the precisions; on the first few prompts.
+
     `keeps` are the G fractions in ascending order, `candidates` the A actions (their own `keep`
     is 1.0 and without meaning).
     """
@@ -59,6 +68,10 @@ class KVProfile:
     prompts: int
     prompts_digest: str
     seed: int
+    keys: tuple[Precision, ...] = ()
+    values: tuple[Precision, ...] = ()
+    demoted: tuple[int, ...] = ()
+    joint: tuple[KVAction, ...] = ()
     digest: str = ""
     versions: tuple[tuple[str, str], ...] = field(default=())
 

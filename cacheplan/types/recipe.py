@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from cacheplan.types.features import Gate
 from cacheplan.types.plan import KVAction
-from cacheplan.types.weights import LayerWeight
+from cacheplan.types.weights import LayerWeight, Preference
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +24,8 @@ class KVRecipe:
     `least_share` of the mean, whichever is most; none gets more than `most` times the mean.
     `ranking_heads` is the number of query heads per layer that rank tokens for all (0: each
     ranks its own), chosen by the profile's retrieval scores.
+
+    `decode_every`, `prefill_chunk` and `online` are the plan's (`Trigger`).
     """
 
     family: ClassVar[str] = "language"
@@ -38,6 +40,8 @@ class KVRecipe:
     most: float = float("inf")
     ranking_heads: int = 0
     decode_every: int | None = None
+    prefill_chunk: int | None = None
+    online: Preference | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

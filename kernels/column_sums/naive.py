@@ -23,8 +23,9 @@ def column_sums(query: Tensor, key: Tensor, *, scale: float, block: int = 128) -
     total = torch.zeros(B, K, S, dtype=torch.float32, device=key.device)
     for start in range(0, T, block):
         rows = grouped[:, :, :, start : start + block].float()
-        own = position[S - T + start : S - T + start + rows.shape[3]]
-        weights = (rows @ transposed) * scale  # [B, K, G, block, S]
-        weights.masked_fill_(position > own[:, None], float("-inf"))
-        total += weights.softmax(-1).sum((2, 3))
+        end = S - T + start + rows.shape[3]  # no row of the block sees what follows
+        own = position[end - rows.shape[3] : end]
+        weights = (rows @ transposed[..., :end]) * scale  # [B, K, G, block, end]
+        weights.masked_fill_(position[:end] > own[:, None], float("-inf"))
+        total[..., :end] += weights.softmax(-1).sum((2, 3))
     return total

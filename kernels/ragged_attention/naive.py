@@ -23,6 +23,7 @@ def ragged_attention(
     pattern: Tensor | None = None,
     bias: Tensor | None = None,
     sinks: Tensor | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     """Attend to one row of keys and values per (batch entry, kv head).
 
@@ -31,7 +32,8 @@ def ragged_attention(
     are the queries' own: among them query i sees the first i + 1, or what `pattern` `[B, T, T]`
     (bool) shows it; all older tokens are seen by all queries.  `bias` `[N]` is added to the
     logits of a token, and `sinks` `[H]` are logits that take part in the softmax without a value
-    (gpt-oss, arXiv 2508.10925).  Returns `[B, H, T, Dv]`; rows without tokens give zeros.
+    (gpt-oss, arXiv 2508.10925).  `softcap` c makes logits c * tanh(logits / c) before bias and
+    sinks (Gemma 2, arXiv 2408.00118).  Returns `[B, H, T, Dv]`; rows without tokens give zeros.
 
     The group's query heads are folded into the query length: keys are read once and never
     repeated, and a single-token step needs no mask.  Rows of equal length in evenly spaced places
@@ -42,6 +44,7 @@ def ragged_attention(
     G = B * H // R
     folded = query.reshape(R, G, T, D)
     out = query.new_zeros(R, G, T, values.shape[-1])
+    plain = sinks is None and softcap is None
     for first, rows in _bundles(offsets, lengths):
         length, offset = lengths[first], offsets[first]
         if length == 0:
@@ -49,7 +52,7 @@ def ragged_attention(
         step = offsets[first + 1] - offset if rows > 1 else 0
         k = _rows(keys, rows, step, offset, length)
         v = _rows(values, rows, step, offset, length)
-        if length == T and pattern is None and bias is None and sinks is None:
+        if length == T and pattern is None and bias is None and plain:
             out[first : first + rows] = scaled_dot_product_attention(
                 folded[first : first + rows],
                 k[:, None].expand(-1, G, -1, -1),
@@ -64,7 +67,7 @@ def ragged_attention(
             allowed = _allowed(first, rows, R // B, start, part.shape[2], T, length, pattern, query)
             mask = _mask(allowed, extra, G, part.shape[2], query.dtype)
             flat = part.reshape(rows, -1, D)
-            if sinks is None:
+            if plain:
                 found = scaled_dot_product_attention(
                     flat[:, None],
                     k[:, None],
@@ -73,9 +76,11 @@ def ragged_attention(
                     scale=scale,
                 )[:, 0]
             else:
-                heads = torch.arange(first, first + rows, device=query.device) % (R // B)
-                own = sinks.view(-1, G)[heads].repeat_interleave(part.shape[2], 1)  # [rows, G * t]
-                found = _with_sinks(flat, k, v, mask, own, scale)
+                own = None
+                if sinks is not None:  # [rows, G * t]
+                    heads = torch.arange(first, first + rows, device=query.device) % (R // B)
+                    own = sinks.view(-1, G)[heads].repeat_interleave(part.shape[2], 1)
+                found = _explicit(flat, k, v, mask, scale, own, softcap)
             out[first : first + rows, :, start : start + _BLOCK] = found.view(*part.shape[:3], -1)
     return out.view(B, H, T, -1)
 
@@ -131,14 +136,24 @@ def _mask(
     return added.repeat(1, group, 1)
 
 
-def _with_sinks(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sinks: Tensor, scale: float
+def _explicit(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    sinks: Tensor | None,
+    softcap: float | None,
 ) -> Tensor:
     logits = (query @ key.transpose(-1, -2)).float() * scale  # [rows, G * t, length]
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
     if mask is not None and mask.dtype == torch.bool:
         logits = logits.masked_fill(~mask, float("-inf"))
     elif mask is not None:
         logits = logits + mask
+    if sinks is None:
+        return logits.softmax(-1).to(value.dtype) @ value
     most = torch.maximum(logits.amax(-1), sinks.float())[..., None]
     weights = (logits - most).exp()
     total = weights.sum(-1, keepdim=True) + (sinks.float()[..., None] - most).exp()

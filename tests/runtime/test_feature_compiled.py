@@ -14,7 +14,7 @@ from torch._dynamo.utils import counters
 
 from cacheplan.errors import UnsupportedError
 from cacheplan.runtime import apply
-from cacheplan.types import FeatureEntry, FeaturePlan, Gate
+from cacheplan.types import FeatureEntry, FeaturePlan, Gate, Rescale
 
 MakeEntry = Callable[..., FeatureEntry]
 MakePlan = Callable[..., FeaturePlan]
@@ -117,6 +117,20 @@ def test_more_ways_to_run_a_step_than_torch_compiles_are_refused(
     monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 4)
     with (
         pytest.raises(UnsupportedError, match=r"recompile_limit = 5\."),
+        apply(model.pipe, plan),
+    ):
+        pass
+
+
+def test_gates_inside_of_compiled_blocks_are_refused(
+    family: Any, tiny_pipelines: Any, entry: MakeEntry, feature_plan: MakePlan
+) -> None:
+    model, _ = compiled(family, tiny_pipelines, "blocks")
+    curve = Rescale(coefficients=(1.0, 0.0), low=0.0, high=1.0)
+    guard = Gate(signal="modulation", threshold=0.1, rescale=curve)
+    plan = feature_plan(model.spec, [entry("delta", 0, 3, 2)], guard)
+    with (
+        pytest.raises(UnsupportedError, match=r"decides within blocks\.0, which is compiled"),
         apply(model.pipe, plan),
     ):
         pass

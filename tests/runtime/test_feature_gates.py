@@ -14,7 +14,7 @@ from cacheplan.adapters.calls import sample
 from cacheplan.adapters.loop import watching
 from cacheplan.errors import UnsupportedError
 from cacheplan.runtime import apply
-from cacheplan.types import FeatureEntry, FeaturePlan, Gate
+from cacheplan.types import FeatureEntry, FeaturePlan, Gate, Rescale
 
 MakeEntry = Callable[..., FeatureEntry]
 MakePlan = Callable[..., FeaturePlan]
@@ -23,7 +23,12 @@ NEVER, ALWAYS = 0.0, 1e30  # thresholds
 STEPS = 6
 
 
+CURVE = Rescale(coefficients=(4.0, 0.5, 0.1), low=0.0, high=3.0)
+
+
 def gate(signal: str, threshold: float, **settings: Any) -> Gate:
+    if signal == "modulation":
+        settings = {"rescale": CURVE, **settings}
     return Gate(signal=signal, threshold=threshold, **settings)
 
 
@@ -38,7 +43,7 @@ def everything(entry: MakeEntry) -> list[FeatureEntry]:
     return [entry("model", 0, 3, step) for step in range(1, STEPS)]
 
 
-SIGNALS = ["first_block", "forecast", "secant"]
+SIGNALS = ["first_block", "forecast", "modulation", "secant"]
 
 
 @pytest.mark.parametrize("signal", SIGNALS)
@@ -214,6 +219,61 @@ def test_the_secant_gate_measures_as_easycache_does(
     assert 1 < len(promoted) < STEPS - 1
 
 
+@pytest.fixture(scope="module")
+def stack(entry: MakeEntry) -> list[FeatureEntry]:
+    """All of Wan's blocks are left out after the first step, as TeaCache does."""
+    return [entry("delta", 0, 3, step) for step in range(1, STEPS)]
+
+
+def test_the_modulation_gate_measures_as_teacache_does(
+    family: Any, stack: list[FeatureEntry], feature_plan: MakePlan
+) -> None:
+    """The same skips as the authors' rule, written out here; and the latents of those skips."""
+    model = family("wan")
+    inputs: list[Tensor] = []
+    hook = model.pipe.transformer.blocks[0].attn1.register_forward_pre_hook(
+        lambda module, args: inputs.append(args[0])
+    )
+    found = set()
+    for threshold in (0.1, 0.6, 1.5, 4.0):
+        inputs.clear()
+        guard = gate("modulation", threshold, accumulate="sum", warmup=1, protect_last=1)
+        with apply(model.pipe, feature_plan(model.spec, stack, guard)) as report:
+            latent = model.run()
+        seen, total, skipped = iter(inputs), 0.0, []
+        before = next(seen)
+        next(seen)  # the other branch is computed too
+        for t in range(1, STEPS):
+            now = next(seen)
+            change = ((now - before).abs().mean() / before.abs().mean()).item()
+            total += 4 * change**2 + 0.5 * change + 0.1
+            before = now
+            if t < STEPS - 1 and total < threshold:
+                skipped.append(t)
+            else:
+                total = 0.0
+                next(seen)
+        assert report.promoted == [t for t in range(1, STEPS) if t not in skipped]
+        static = [entry for entry in stack if entry.step in skipped]
+        with apply(model.pipe, feature_plan(model.spec, static)):
+            assert torch.equal(model.run(), latent)
+        found.add(tuple(skipped))
+    hook.remove()
+    assert len(found) > 2
+
+
+def test_the_modulation_gate_costs_one_block_at_a_skip(
+    family: Any, stack: list[FeatureEntry], feature_plan: MakePlan
+) -> None:
+    model = family("wan")
+    first = model.spec.blocks[0].cost // 2  # runs in the first of a step's two calls
+    guard = gate("modulation", ALWAYS)
+    with apply(model.pipe, feature_plan(model.spec, stack[1:], guard)) as report:
+        assert model.count()[0] == report.planned_flops + 4 * first
+        assert report.promoted == []
+    assert report.gate_bytes > 0
+
+
 def test_weights_follow_the_steps_that_were_really_computed(
     family: Any, entry: MakeEntry, feature_plan: MakePlan
 ) -> None:
@@ -238,7 +298,9 @@ def test_gates_that_cannot_decide_are_refused(
         (wan, [entry("mlp", 0, 1, 1)], gate("first_block", 0.1), "runs the first 1 blocks"),
         (wan, [entry("model", 0, 3, 1)], gate("forecast", 0.1), "leaves out model at step 1"),
         (wan, [entry("mlp", 2, 3, 1)], gate("first_block", 0.1, blocks=3), "plan later blocks"),
-        (wan, [], gate("modulation", 0.1), "supported is one of first_block, forecast, secant"),
+        (wan, [], gate("other", 0.1), "supported is one of first_block, forecast, modulation, sec"),
+        (wan, [entry("attention", 0, 1, 1)], gate("modulation", 0.1), "plan later blocks"),
+        (wan, [entry("model", 0, 3, 1)], gate("modulation", 0.1), "leaves out model at step 1"),
         (wan, [], gate("secant", 0.1, accumulate="product"), "supported is none or sum"),
         (unet, [entry("branch", 1, 6, 1)], gate("first_block", 0.1), "is a UNet"),
     ]

@@ -54,6 +54,7 @@ def sites(steps: int, blocks: int, starts: Sequence[int] = ()) -> tuple[FeatureS
     pairs = {(b, b + 1) for b in range(end)}
     for begin in range(0, end, blocks):
         pairs |= {(b, begin + blocks) for b in range(begin, begin + blocks)}
+        pairs.add((begin, begin + blocks // 2))
     found += [FeatureSite(part="delta", first=a, last=b) for a, b in sorted(pairs)]
     return (*found, *(FeatureSite(part=part, first=0, last=end) for part in ("hidden", "model")))
 
@@ -83,6 +84,19 @@ def moments(features: Floats, lags: int) -> tuple[Floats, Floats]:
     return gram, l1
 
 
+def lines(features: Floats, lags: int) -> Floats:
+    """`forecast_l1` of the first block's output, `[T, lags + 1, lags + 1]`."""
+    found = np.zeros((len(features), lags + 1, lags + 1))
+    for t, now in enumerate(features):
+        found[t, 0, 0] = np.abs(now).mean()
+        for j in range(max(0, t - lags), t):
+            found[t, t - j, 0] = np.abs(features[j] - now).mean()
+            for i in range(max(0, t - lags), j):
+                slope = (features[j] - features[i]) / (j - i)
+                found[t, t - j, t - i] = np.abs(features[j] + slope * (t - j) - now).mean()
+    return found
+
+
 def build(
     steps: int = 20,
     blocks: int = 4,
@@ -93,6 +107,8 @@ def build(
     final: Floats | None = None,
     latents: Floats | None = None,
     outputs: Floats | None = None,
+    first: Floats | None = None,
+    modulated: Floats | None = None,
     only: Callable[[FeatureSite], bool] = lambda site: True,
     **statistics: Any,
 ) -> FeatureProfile:
@@ -126,6 +142,8 @@ def build(
         "token_ratio": np.linspace(1, 0.98, steps),
         "latent_l1": moments(latents, lags)[1],
         "output_l1": moments(outputs, lags)[1],
+        "forecast_l1": lines(features[own[-1]] if first is None else first, lags),
+        "modulated_l1": moments(latents if modulated is None else modulated, lags)[1],
         "final_error": (held * np.linspace(2, 0.5, steps) if final is None else final)[None],
         "final_damage": held[None],
         "output_damage": held[None],

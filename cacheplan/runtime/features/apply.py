@@ -9,10 +9,10 @@ from typing import Any
 from cacheplan.adapters.calls import unwrapped
 from cacheplan.adapters.loop import denoisers, watching
 from cacheplan.adapters.taps import tapped
-from cacheplan.runtime.features.checks import check_gate, check_pipeline
+from cacheplan.runtime.features.checks import check_attention, check_gate, check_pipeline
 from cacheplan.runtime.features.compiled import check_compiled
 from cacheplan.runtime.features.executor import Executor
-from cacheplan.runtime.features.gate import Guard
+from cacheplan.runtime.features.gate import MODULATION, Guard
 from cacheplan.runtime.features.program import Program
 from cacheplan.runtime.features.report import FeatureReport
 from cacheplan.runtime.features.step_size import StepSizes
@@ -50,6 +50,8 @@ def apply_features(
         if guard and guard.inside:
             for index in blocks[: guard.gate.blocks]:
                 wiring.need(index)
+        if plan.gate and plan.gate.signal == MODULATION:
+            check_attention(plan.gate, wiring)
         check_compiled(program, wiring, gate=guard is not None)
     executor = Executor(program, wirings, guard, sizes, report)
     with ExitStack() as stack:

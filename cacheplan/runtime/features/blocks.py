@@ -65,17 +65,20 @@ class BlockHandler:
         self.value: Forecast | Ready | None = None
         self.opens: tuple[Span, ...] = ()
         self.closes: tuple[Span, ...] = ()
+        self.peek = False  # run for what a part tells; what is returned counts in mode RUN only
         self.probe: Callable[[Tensor, Tensor], None] | None = None
         self.observer: Observer | None = None
 
     def __call__(self, inner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.unet:
             return self._unet(inner, args, kwargs)
-        if self.mode == RUN:
+        output = None
+        if self.mode == RUN or self.peek:
             if self.observer is not None:
                 output = self.observer(self, inner, args, kwargs)
             else:
                 output = inner(*args, **kwargs)
+        if self.mode == RUN:  # perhaps since a part has been seen
             if self.opens or self.closes or self.probe is not None:
                 self._note(args, kwargs, output)
             return output

@@ -16,10 +16,12 @@ from cacheplan.adapters.settings import scheduler_settings
 from cacheplan.adapters.taps import Watched
 from cacheplan.errors import UnsupportedError
 from cacheplan.plans.check import check, check_model, check_runnable
+from cacheplan.plans.rules import RANGES
 from cacheplan.plans.words import site_words
-from cacheplan.runtime.features.gate import INSIDE
+from cacheplan.runtime.features.gate import INSIDE, MODULATION
 from cacheplan.runtime.features.program import Program
 from cacheplan.runtime.features.step_size import arguments
+from cacheplan.runtime.features.wiring import Wiring
 from cacheplan.types import DiffusionSpec, FeaturePlan, Gate
 
 
@@ -69,11 +71,28 @@ def check_gate(gate: Gate, program: Program, root: nn.Module, *, whole: bool) ->
         probed = blocks[: gate.blocks]
         for site in actions:
             early = site.part != "hidden" and site.first in probed
+            if gate.signal == MODULATION:  # the first block is left out after it was run
+                early &= site.part not in RANGES
             if site.part == "model" or early or len(probed) == len(blocks):
                 raise UnsupportedError(
                     f'The gate "{gate.signal}" runs the first {gate.blocks} blocks to decide, but '
                     f"the plan leaves out {site_words(site)} at step {step}: plan later blocks."
                 )
+
+
+def check_attention(gate: Gate, wiring: Wiring) -> None:
+    """Put a tap on the first block's attention; refuse blocks in which it would tell nothing."""
+    first = wiring.program.spec.blocks[wiring.blocks[0]]
+    if all(part.name != "attention" for part in first.parts):
+        raise UnsupportedError(
+            f'The gate "{gate.signal}" looks at the attention of {first.path}, which has none that '
+            "is known here: use another gate."
+        )
+    if wiring.traced(wiring.need_attention()):
+        raise UnsupportedError(
+            f'The gate "{gate.signal}" decides within {first.path}, which is compiled: use a plan '
+            "without this gate, or do not compile the blocks."
+        )
 
 
 def check_run(spec: DiffusionSpec, steps: int, sigmas: tuple[float, ...]) -> None:

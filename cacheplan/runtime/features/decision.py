@@ -7,7 +7,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from cacheplan.runtime.features.blocks import RUN
-from cacheplan.runtime.features.gate import Guard
+from cacheplan.runtime.features.gate import MODULATION, Guard
 from cacheplan.runtime.features.program import Program
 from cacheplan.runtime.features.wiring import Wiring
 
@@ -59,7 +59,21 @@ class Decision:
         if self.guard is None or self.guard.inside is None:
             return
         guard, signal, step = self.guard, self.guard.inside, self._step
+
+        def decide(given: Tensor, returned: Tensor) -> None:
+            if self._undecided:
+                self._undecided = False
+                self.promoted = not guard.allows(signal.measure(given, returned, step))
+                if self.promoted:
+                    compute()
+            if self.computed:
+                signal.learn(given, returned, step)
+
         probed = [wiring.of_block[index] for index in wiring.blocks[: guard.gate.blocks]]
+        if guard.gate.signal == MODULATION:
+            probed[0].peek = True
+            wiring.need_attention().probe = lambda given: decide(given, given)
+            return
         for handler in probed:
             handler.mode = RUN  # also where all blocks are left out
 
@@ -69,13 +83,7 @@ class Decision:
         def leave(given: Tensor, returned: Tensor) -> None:
             first = given if self._given is None else self._given
             self._given = None
-            if self._undecided:
-                self._undecided = False
-                self.promoted = not guard.allows(signal.measure(first, returned, step))
-                if self.promoted:
-                    compute()
-            if self.computed:
-                signal.learn(first, returned, step)
+            decide(first, returned)
 
         probed[0].probe = enter
         probed[-1].probe = leave

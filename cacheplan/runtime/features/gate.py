@@ -12,9 +12,11 @@ from torch import Tensor
 from cacheplan.errors import UnsupportedError
 from cacheplan.kernels.forecast.dispatch import combine
 from cacheplan.plans.forecast import weights
-from cacheplan.types import Gate
+from cacheplan.plans.rescale import rescaled
+from cacheplan.types import Gate, Rescale
 
-INSIDE = ("first_block", "forecast")  # known only once the first blocks have run
+MODULATION = "modulation"
+INSIDE = ("first_block", "forecast", MODULATION)  # known only once the first blocks run
 
 
 class FirstBlock:
@@ -66,6 +68,32 @@ class FirstForecast:
         self._seen = [(step, returned.clone()), *self._seen[: self.order]]
 
 
+class Modulation:
+    """Change of the first block's modulated input since the step before, as one of the output.
+
+    TeaCache (arXiv 2411.19108).  The modulated input is what the block's attention is given.
+    """
+
+    def __init__(self, curve: Rescale) -> None:
+        self.curve = curve
+        self.reset()
+
+    def reset(self) -> None:
+        self._before: Tensor | None = None
+
+    @property
+    def bytes(self) -> int:
+        return _bytes([self._before])
+
+    def measure(self, given: Tensor, returned: Tensor, step: int) -> float | None:
+        change = _distance(self._before, given, over=self._before)
+        self._before = given.clone()
+        return None if change is None else rescaled(self.curve, change)
+
+    def learn(self, given: Tensor, returned: Tensor, step: int) -> None:
+        self._before = given.clone()
+
+
 class Secant:
     """Change of the denoiser's output as expected from that of its latent (EasyCache).
 
@@ -113,18 +141,20 @@ class Guard:
                 "yet; supported is none or sum."
             )
         self.gate, self.steps = gate, steps
-        self.inside: FirstBlock | FirstForecast | None = None
+        self.inside: FirstBlock | FirstForecast | Modulation | None = None
         self.outside: Secant | None = None
         if gate.signal == "first_block":
             self.inside = FirstBlock()
         elif gate.signal == "forecast":
             self.inside = FirstForecast(gate.order, abscissae)
+        elif gate.signal == MODULATION and gate.rescale is not None:
+            self.inside = Modulation(gate.rescale)
         elif gate.signal == "secant":
             self.outside = Secant()
         else:
             raise UnsupportedError(
                 f'The gate\'s signal is "{gate.signal}", which cannot be run yet; supported is '
-                "first_block, forecast or secant."
+                "first_block, forecast, modulation or secant."
             )
         self.reset()
 

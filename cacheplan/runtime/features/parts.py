@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from cacheplan.adapters.calls import mapped
+from cacheplan.adapters.calls import latent, mapped
 from cacheplan.runtime.features.store import Feature
 from cacheplan.runtime.features.values import Forecast, Ready
 
@@ -22,10 +24,13 @@ class PartHandler:
         """Only run the part."""
         self.keeps = False
         self.value: Forecast | Ready | None = None
+        self.probe: Callable[[Tensor], None] | None = None  # told of what the part is given
 
     def __call__(self, inner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.value is not None:
             return self.value.alone()
+        if self.probe is not None:
+            self.probe(latent(inner, args, kwargs))
         output = inner(*args, **kwargs)
         if self.keeps:
             self.fresh = mapped(output, torch.clone)

@@ -80,6 +80,12 @@ class Wiring:
         handler = BlockHandler(self.path(index), unet=is_unet(self.root))
         return self.of_block.setdefault(index, handler)
 
+    def need_attention(self) -> PartHandler:
+        """The handler of the first block's attention."""
+        first = self.blocks[0]
+        site = FeatureSite(part="attention", first=first, last=first + 1)
+        return self.of_part.setdefault(site, PartHandler())
+
     def path(self, index: int) -> str:
         """The block's path within its denoiser."""
         return self.program.spec.blocks[index].path.removeprefix(self.prefix)
