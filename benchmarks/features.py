@@ -32,7 +32,7 @@ from cacheplan.adapters.flops import flop_counter
 from cacheplan.adapters.loop import Loop, watching
 from cacheplan.adapters.sampling import run_pipeline
 from cacheplan.environment import environment
-from cacheplan.errors import InfeasibleError
+from cacheplan.errors import InfeasibleError, UnsupportedError
 from cacheplan.profilers.feature_prompts import load_picture_prompts
 from cacheplan.recipes import FEATURE_RECIPES
 from cacheplan.types import FeatureProfile
@@ -123,8 +123,8 @@ def measure(profile: FeatureProfile, limit: int | None) -> list[dict[str, Any]]:
             else:
                 try:
                     plan = api.solve(profile, budget=budget, recipe=name)
-                except InfeasibleError as error:
-                    print(f"{budget:<4} {name:12} infeasible: {error}", flush=True)
+                except (InfeasibleError, UnsupportedError) as error:
+                    print(f"{budget:<4} {name:12} left out: {error}", flush=True)
                     continue
                 row |= {"planned_compute": plan.budget.reached, "gap": plan.certificate.gap}
                 row["predicted_error"] = plan.predicted.error
@@ -165,7 +165,7 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 def table(rows: list[dict[str, Any]]) -> Table:
     shown = Table("recipe", *(f"{b:g}: error (pred.), PSNR, compute" for b in BUDGETS))
-    for name in (FEWER, *FEATURE_RECIPES):
+    for name in dict.fromkeys(row["recipe"] for row in rows):  # not those for UNets
         cells = []
         for budget in BUDGETS:
             row = next((r for r in rows if r["recipe"] == name and r["budget"] == budget), None)
@@ -186,7 +186,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axis = pyplot.subplots(figsize=(8, 4.4), layout="constrained")
-    for name in (FEWER, *FEATURE_RECIPES):
+    for name in dict.fromkeys(row["recipe"] for row in rows):
         mine = [row for row in rows if row["recipe"] == name]
         style: dict[str, Any] = {"alpha": 0.8}
         if name == "planned":

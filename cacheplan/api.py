@@ -87,6 +87,7 @@ def profile(
     tokens: int | None = None,
     processes: Processes = ALONE,
     placement: Placement | None = None,
+    bits: bool = True,
 ) -> Profile | None:
     """Measure a model on calibration prompts and write the profile to `out`.
 
@@ -97,7 +98,8 @@ def profile(
 
     `family` is "language" or "diffusion"; a folder tells by itself.  The first `ablate` prompts
     (8, or 2 in diffusion) are run again with one thing cached at a time.  For language models,
-    `split` is the share of a plain text that is context (0.8).  For diffusion models, `settings`
+    `split` is the share of a plain text that is context (0.8), and without `bits` nothing is
+    measured that only recipes in few bits need.  For diffusion models, `settings`
     are those of the pipeline's call (`{"num_inference_steps": 30}`), features are compared up to
     `lags` steps back (16) at up to `tokens` tokens (512).  A language model too large for one
     device is divided over several by `placement`.
@@ -121,8 +123,10 @@ def profile(
         )
     if family_of(model, family) == LanguageSpec.family:
         _only("diffusion", settings=settings or None, lags=lags, tokens=tokens)
-        return language.profile_language(model, split=split, placement=placement, **common)
-    _only("language", split=split, device_map=placement)
+        return language.profile_language(
+            model, split=split, placement=placement, bits=bits, **common
+        )
+    _only("language", split=split, device_map=placement, bits=None if bits else False)
     return diffusion.profile_features(
         model, settings=settings or {}, lags=lags, tokens=tokens, **common
     )

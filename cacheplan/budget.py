@@ -23,7 +23,7 @@ def parse_budget(text: str | float, spec: LanguageSpec, length: int) -> Budget:
     below one token per head.
     """
     asked, number, unit = _parts(text, _FORMS)
-    heads = spec.layers * spec.kv_heads
+    heads = spec.rows
     row_bytes = spec.token_width * FULL_BITS // 8
     max_rows: int | None = None
     if unit == "":

@@ -66,8 +66,8 @@ def _point(profile: Profile, recipe: str, budget: float) -> Point:
     damage: float | None = None
     if predicted is not None:
         damage = predicted.error if isinstance(predicted, FeatureDamage) else predicted.kl
-    # a bound is in the solver's own objective, which is the damage for planned alone
-    bound = plan.certificate.bound if recipe == "planned" else None
+    # a bound is in the solver's own objective, which is the damage for these alone
+    bound = plan.certificate.bound if recipe in ("planned", "joint") else None
     return Point(
         recipe=recipe, budget=budget, reached=plan.budget.reached, damage=damage, bound=bound
     )

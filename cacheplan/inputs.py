@@ -32,7 +32,13 @@ def prompts_for(
             )
         path = embedded_prompts(name, role)
     return load_prompts(
-        path, loaded.tokenizer, split=split, limit=limit, longest=loaded.spec.max_length
+        path,
+        loaded.tokenizer,
+        split=split,
+        limit=limit,
+        longest=loaded.spec.max_length,
+        processor=loaded.processor,
+        image_token=loaded.spec.image_token,
     )
 
 

@@ -17,6 +17,7 @@ from cacheplan.types import (
     KVAction,
     KVPlan,
     KVProfile,
+    ProbeAttention,
     Provenance,
     Solution,
     Trigger,
@@ -32,7 +33,8 @@ if TYPE_CHECKING:
 
 KEEPS = (0.02, 0.03, 0.04, 0.06, 0.08, 0.1, 0.13, 0.16, 0.2, 0.25, 0.3, 0.4, 0.5, 0.65, 0.8, 1.0)
 PROBE_KEEP = 0.1
-PROBE_SCORERS = ("window_attention", "key_difference", "position")
+PROBE_SCORERS = ("window_attention", "key_difference", "position", "low_pass_residual")
+SOLVED = ("knapsack", "joint", "layers")  # the divisions that `--solver` makes
 SPLIT, ABLATE, SOLVER = 0.8, 8, "milp"
 EVALUATIONS, REFINING = 8, 16  # plans measured by `refine`, and prompts each is measured on
 
@@ -52,17 +54,20 @@ def profile_language(
     progress: Progress | None,
     processes: Processes,
     placement: Placement | None,
+    bits: bool,
 ) -> KVProfile | None:
     """Measure a language model and write its profile; see `cacheplan.api.profile`."""
     import torch
 
     from cacheplan.adapters.language import load
+    from cacheplan.adapters.probe_tokens import probe_fits
     from cacheplan.adapters.rotary import rotary_known
     from cacheplan.measuring import check_division, measure
     from cacheplan.profilers.collect import collect
     from cacheplan.profilers.prompts import digest
     from cacheplan.profilers.settings import KVSettings
-    from cacheplan.recipes import CANDIDATES
+    from cacheplan.recipes import RECIPES, candidates_for
+    from cacheplan.recipes.bits import demoting, joint_checks, measured_precisions
 
     ablated = ABLATE if ablate is None else ablate
     check_division(shard, ablated, processes)
@@ -71,9 +76,23 @@ def profile_language(
     share = SPLIT if split is None else split
     texts = prompts_for(loaded, prompts, "calibration", share, limit)
     known = rotary_known(loaded.model)
-    candidates = tuple(c for c in CANDIDATES if known or not needs_rotary(c.scorer))
+    longest = max(len(text.context) for text in texts)
+    # a model may lay images and a probe behind them into one mask that cannot be told apart
+    pictured = any(text.images is not None for text in texts)
+    candidates = tuple(
+        c
+        for c in candidates_for(loaded.spec)
+        if (known or not needs_rotary(c.scorer))
+        and probe_fits(loaded.model, c.scorer, longest)
+        and not (pictured and isinstance(c.scorer, ProbeAttention))
+    )
+    keys, values = measured_precisions(RECIPES.values(), loaded.spec) if bits else ((), ())
     settings = KVSettings(
         model=loaded.spec,
+        keys=keys,
+        values=values,
+        demoted=demoting(RECIPES.values(), candidates) if bits else (),
+        joint=joint_checks(candidates) if bits else (),
         candidates=candidates,
         keeps=KEEPS,
         probes=_probes(candidates),
@@ -108,12 +127,13 @@ def solve_language(
     """Choose what every head keeps under the budget; see `cacheplan.api.solve`."""
     from cacheplan.budget import parse_budget
     from cacheplan.formulate import formulate, predict, reached, realize
+    from cacheplan.formulate_bits import chooses_bits, reached_bytes
     from cacheplan.readings import context_length
-    from cacheplan.recipes import find_recipe, while_decoding
+    from cacheplan.recipes import find_recipe, seeing, while_decoding
     from cacheplan.solvers.classes import Classes
     from cacheplan.solvers.registry import DIVISION, knapsack_solver
 
-    row, solver = find_recipe(recipe), solver or SOLVER
+    row, solver = seeing(find_recipe(recipe), profile.model), solver or SOLVER
     size = length or context_length(profile)
     if size < 1:
         raise InputError(f"The length is {length} tokens, expected at least 1.")
@@ -121,6 +141,8 @@ def solve_language(
     every = decode_every if decode_every is not None else row.decode_every
     if every is not None:
         row = while_decoding(replace(row, decode_every=every))
+    if chooses_bits(row):
+        asked = replace(asked, max_rows=None)  # rows cost too different amounts to be counted
     problem = formulate(profile, row, asked)
     solution: Solution
     if isinstance(problem, Knapsack):
@@ -130,15 +152,15 @@ def solve_language(
     else:
         solution = DIVISION[row.allocation](problem)
     entries = realize(profile, row, asked, solution)
-    kl = predict(profile, entries)
+    kl = None if row.online else predict(profile, entries)  # known only with the prompt
     plan = KVPlan(
         model=profile.model,
         recipe=row.name,
         budget=replace(asked, reached=reached(profile, entries, every)),
         entries=entries,
-        trigger=Trigger(decode_every=every),
+        trigger=Trigger(decode_every=every, prefill_chunk=row.prefill_chunk, online=row.online),
         certificate=Certificate(
-            solver=solver if row.allocation == "knapsack" else row.allocation,
+            solver=solver if row.allocation in SOLVED else row.allocation,
             value=solution.value,
             bound=solution.bound,
             gap=solution.gap,
@@ -156,6 +178,8 @@ def solve_language(
             command=command,
         ),
     )
+    if chooses_bits(row):
+        plan = replace(plan, budget=replace(plan.budget, reached=reached_bytes(plan)))
     check(plan)
     check_runnable(plan)
     return plan

@@ -9,13 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cacheplan.adapters.attention import attending
+from cacheplan.adapters.images import call_arguments, read
 from cacheplan.adapters.offloading import input_device
+from cacheplan.adapters.probe import continues_at_once
 from cacheplan.plans.rows import full_bytes
 from cacheplan.profilers.collect import Progress
 from cacheplan.profilers.divergence import kl_divergence
 from cacheplan.profilers.prompts import Prompt, digest
 from cacheplan.runtime.cache import PlanCache
+from cacheplan.runtime.language import following
 from cacheplan.types import Damage, KVPlan
 
 
@@ -49,8 +51,9 @@ def measure_damage(
             progress(number, len(prompts), "verifying")
         C = len(prompt.context)
         ids = torch.tensor([prompt.context + prompt.continuation], device=input_device(model))
-        reference = model(input_ids=ids, use_cache=False).logits[0, C:-1]
-        logits, cache = _planned_logits(model, plan, ids, C)
+        beside = call_arguments(model, prompt.images, 0, ids.shape[1])
+        reference = model(input_ids=ids, use_cache=False, **beside).logits[0, C:-1]
+        logits, cache = _planned_logits(model, plan, ids, prompt)
         planned += cache[0]
         measured += cache[1]
         full += full_bytes(plan.model, C, cache[2])
@@ -84,20 +87,21 @@ def measure_damage(
 
 
 def _planned_logits(
-    model: Any, plan: KVPlan, ids: Tensor, context: int
+    model: Any, plan: KVPlan, ids: Tensor, prompt: Prompt
 ) -> tuple[Tensor, tuple[int, int, int]]:
     """Logits of the continuation under the plan; planned, measured and element bytes after it."""
-    cache = PlanCache(plan, model)
-    with attending(model):
-        model.get_decoder()(input_ids=ids[:, :context], past_key_values=cache, use_cache=True)
+    cache, context = PlanCache(plan, model), len(prompt.context)
+    most = ids.shape[1] - context if continues_at_once(model) else 1
+    with following(model, plan):
+        read(model, ids[:, :context], cache, prompt.images)
         size = cache.element_size
         sizes = cache.planned_bytes, cache.nbytes, size
-        rest = ids[:, context:-1]
-        step = plan.trigger.decode_every or rest.shape[1]
-        logits = [
-            model(input_ids=part, past_key_values=cache, use_cache=True).logits[0]
-            for part in torch.split(rest, step, dim=1)
-        ]
+        step, logits = min(plan.trigger.decode_every or most, most), list[Tensor]()
+        for start in range(context, ids.shape[1] - 1, step):
+            part = ids[:, start : start + step][:, : ids.shape[1] - 1 - start]
+            beside = call_arguments(model, prompt.images, start, start + part.shape[1])
+            out = model(input_ids=part, past_key_values=cache, use_cache=True, **beside)
+            logits.append(out.logits[0])
     return torch.cat(logits), sizes
 
 

@@ -15,6 +15,7 @@ from cacheplan.types import (
     KVAction,
     KVPlan,
     LanguageSpec,
+    ProbeAttention,
     Site,
     WindowAttention,
     needs_prompt,
@@ -42,6 +43,12 @@ def check_kv(plan: KVPlan) -> None:
     _check_coverage(plan.entries, plan.model)
     every = plan.trigger.decode_every
     need(every is None or every >= 1, "trigger.decode_every", every, COUNT)
+    chunk, online = plan.trigger.prefill_chunk, plan.trigger.online
+    need(chunk is None or chunk >= 1, "trigger.prefill_chunk", chunk, COUNT)
+    if online is not None:
+        for name in ("tau_dispersion", "tau_shift"):
+            tau = getattr(online, name)
+            need(tau > 0, f"trigger.online.{name}", tau, "a number above 0")
     check_certificate(plan.certificate)
     for name, damage in (("predicted", plan.predicted), ("measured", plan.measured)):
         if damage is not None:
@@ -61,6 +68,30 @@ def check_runnable_kv(plan: KVPlan) -> None:
             refuse(f"{at}.rank", action.rank, "none (all channels)")
         if plan.trigger.decode_every is not None:
             _check_while_decoding(action, at)
+        if plan.trigger.online is not None:
+            _check_online(entry, action, at)
+    if plan.trigger.online is not None:
+        for name in ("decode_every", "prefill_chunk"):
+            value = getattr(plan.trigger, name)
+            if value is not None:
+                refuse(f"trigger.{name}", value, "none where trigger.online is set")
+
+
+def _check_online(entry: Entry, action: KVAction, at: str) -> None:
+    """What cannot be cut back layer by layer while a prompt is read."""
+    words = "where trigger.online is set"
+    if entry.site.head is not None:
+        refuse(at.replace("action", "site.head"), entry.site.head, f"none {words}")
+    if action.split != "equal":
+        refuse(f"{at}.split", action.split, f'"equal" {words}')
+    if action.losers != "evict":
+        refuse(f"{at}.losers", action.losers, f'"evict" {words}')
+    if action.recent_share:
+        refuse(f"{at}.recent_share", action.recent_share, f"0 {words}")
+    if action.protect_text:
+        refuse(f"{at}.protect_text", action.protect_text, f"false {words}")
+    if isinstance(action.scorer, ProbeAttention):
+        refuse(f"{at}.scorer.name", action.scorer.name, f"scorers without probes {words}")
 
 
 def _check_while_decoding(action: KVAction, at: str) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from cacheplan.plans.rules import COUNT, NATURAL, need, one_of, refuse
-from cacheplan.plans.storage import BLOCK, in_few_bits, packed
-from cacheplan.types import KVAction, LanguageSpec, Precision
+from cacheplan.plans.storage import BLOCK, for_int8_product, in_few_bits, packed
+from cacheplan.types import KVAction, LanguageSpec, Precision, Tier
 
 
 def check_precision(precision: Precision, path: str) -> None:
@@ -41,10 +41,17 @@ def check_storable(action: KVAction, model: LanguageSpec, decoding: bool, path: 
         if not (packed(action.low.key) or packed(action.low.value)):
             refuse(f"{path}.low.key.format", "model", '"int" or "float" for what is demoted')
     for at, key, value in tiers:
+        if for_int8_product(Tier(key=key, value=value)):
+            _check_int8_product(action, model, at)
+            continue
         _check_format(key, f"{at}.key", model.key_width)
         _check_format(value, f"{at}.value", model.value_width)
         if packed(value) and value.axis != "token":
-            refuse(f"{at}.value.axis", value.axis, '"token" for values')
+            refuse(
+                f"{at}.value.axis",
+                value.axis,
+                '"token" for values, or int8 in groups of 256 beside keys in int8 by token',
+            )
         if key.separable:
             refuse(f"{at}.key.separable", key.separable, "false for keys")
     if decoding:
@@ -57,6 +64,14 @@ def check_storable(action: KVAction, model: LanguageSpec, decoding: bool, path: 
         refuse(f"{path}.split", action.split, '"equal" where numbers have few bits')
     if action.merge is not None:
         refuse(f"{path}.losers", action.losers, '"evict" or "demote" where numbers have few bits')
+
+
+def _check_int8_product(action: KVAction, model: LanguageSpec, path: str) -> None:
+    if action.low is not None:
+        refuse(f"{path}.losers", action.losers, '"evict" where values have int8 by channel')
+    for name, width in (("key", model.key_width), ("value", model.value_width)):
+        if width % 32:
+            refuse(f"{path}.{name}.bits", 8, f"a width that is a multiple of 32, not {width}")
 
 
 def _check_format(precision: Precision, path: str, width: int) -> None:

@@ -7,7 +7,7 @@ share scales.  Tokens that are generated join the exact ones and are packed `flu
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cacheplan.types import KVAction, Precision, Tier
 
@@ -21,6 +21,23 @@ class Tokens:
     high: int
     low: int
     exact: int
+
+
+INT8_TOKENS = 256  # whole numbers of them go into torch's int8 product for CPUs
+
+
+def for_int8_product(tier: Tier) -> bool:
+    """Whether a CPU reads this tier without unpacking it.
+
+    Keys in int8 with a scale per token, and values in int8 with one per channel of all tokens that
+    are packed together: symmetric, with bfloat16 scales.
+    """
+    key, value = tier.key, tier.value
+    return (
+        (key.format, key.bits, key.axis, key.group) == ("int", 8, "token", None)
+        and (value.format, value.bits, value.axis) == ("int", 8, "channel")
+        and value.group == INT8_TOKENS
+    )
 
 
 def packed(precision: Precision) -> bool:
@@ -38,8 +55,19 @@ def in_few_bits(action: KVAction) -> bool:
     return high_tier(action) is not None or action.low is not None
 
 
+def bare(action: KVAction) -> KVAction:
+    """The same choice of tokens in numbers as they are, its `keep` open."""
+    if not in_few_bits(action):
+        return replace(action, keep=1.0)
+    losers = "evict" if action.losers == "demote" else action.losers
+    plain = Precision()
+    return replace(action, keep=1.0, key=plain, value=plain, losers=losers, low=None)
+
+
 def group_tokens(tier: Tier) -> int:
     """Tokens that share scales, and so are packed together."""
+    if for_int8_product(tier):
+        return INT8_TOKENS
     by_channel = packed(tier.key) and tier.key.axis == "channel"
     return tier.key.group or 1 if by_channel else 1
 
@@ -95,7 +123,10 @@ def row_storage(
         flushed = 0 if flush is None else max(0, generated - 1) // flush * flush
     capacity = tokens.exact + BLOCK * -(-(generated - flushed) // BLOCK)
     total = capacity * sum(widths) * element_size
-    if high is not None:
+    if high is not None and for_int8_product(high):
+        stored, parts = tokens.high + flushed, (tokens.high > 0) + flushed // INT8_TOKENS
+        total += stored * (sum(widths) + 2) + 2 * widths[1] * parts
+    elif high is not None:
         total += tier_bytes(high, tokens.high + flushed, widths, element_size)
     if action.low is not None:
         total += tier_bytes(action.low, tokens.low, widths, element_size)

@@ -20,13 +20,16 @@ from cacheplan.adapters.attention import (
     attending,
     causal_attention,
 )
+from cacheplan.adapters.images import read
 from cacheplan.adapters.language import readers
 from cacheplan.adapters.offloading import input_device
+from cacheplan.adapters.probe import continues_at_once
 from cacheplan.adapters.rotary import rotary_frequencies
 from cacheplan.plans.rows import kept_rows
 from cacheplan.profilers.divergence import kl_divergence
 from cacheplan.profilers.observer import Ablation, LayerRecord
 from cacheplan.profilers.prompts import Prompt
+from cacheplan.profilers.replay import replay
 from cacheplan.scorers.scores import Rotary, Seen, score
 from cacheplan.scorers.selection import kept_tokens
 from cacheplan.types import KVAction, KVPlan, needs_rotary
@@ -81,10 +84,11 @@ def _prompt(model: Any, plan: KVPlan, prompt: Prompt, *, restore: bool) -> tuple
             for entry in plan.entries
             if entry.site.layer == index and isinstance(entry.action, KVAction)
         ]
-        context.layers[index] = Cut(actions, counts[index], shared[index])
-    model.get_decoder()(
-        input_ids=ids[:, :C], past_key_values=AttendingCache(context.layers), use_cache=True
-    )
+        token = spec.image_token
+        images = None if prompt.images is None or token is None else ids[:, :C].eq(token)
+        context.layers[index] = Cut(actions, counts[index], shared[index], images)
+    read(model, ids[:, :C], AttendingCache(context.layers), prompt.images)
+    at_once = ids.shape[1] - C if continues_at_once(model) else 1
 
     def logits(batch: int, hidden: dict[int, Tensor]) -> Tensor:
         layers: list[Any] = []
@@ -93,13 +97,8 @@ def _prompt(model: Any, plan: KVPlan, prompt: Prompt, *, restore: bool) -> tuple
                 layers.append(Ablation(own.record, hidden.get(index), shared[index]))
             else:
                 layers.append(deepcopy(own))  # a layer that is not planned, after the context
-                layers[-1].batch_repeat_interleave(batch)
-        out = model(
-            input_ids=ids[:, C:].expand(batch, -1),
-            past_key_values=AttendingCache(layers),
-            use_cache=True,
-        )
-        return out.logits[:, :-1]  # type: ignore[no-any-return]
+                layers[-1].reorder_cache(torch.zeros(batch, dtype=torch.long))
+        return replay(model, prompt, ids, layers, batch=batch, at_once=at_once)
 
     reference = logits(1, {})
     hidden = {index: context.layers[index].hidden for index in spec.planned}
@@ -123,9 +122,15 @@ class Cut(AttendingLayer):
     `hidden` `[1, K, C]` (bool) are the evicted tokens, `record` holds the context's cache.
     """
 
-    def __init__(self, actions: list[KVAction], counts: list[int], readers: int = 1) -> None:
+    def __init__(
+        self,
+        actions: list[KVAction],
+        counts: list[int],
+        readers: int = 1,
+        images: Tensor | None = None,
+    ) -> None:
         super().__init__(readers)
-        self.actions, self.counts = actions, counts
+        self.actions, self.counts, self.images = actions, counts, images
         self.record = LayerRecord({})
         self.hidden: Tensor | None = None
 
@@ -144,5 +149,6 @@ class Cut(AttendingLayer):
             self.hidden = torch.ones(1, *key.shape[1:3], dtype=torch.bool, device=key.device)
             for h, (action, count) in enumerate(zip(self.actions, self.counts, strict=True)):
                 scores = score(action.scorer, seen.heads([h]))
-                self.hidden[0, h, kept_tokens(scores, [count], action)[0]] = False
+                kept = kept_tokens(scores, [count], action, self.images)[0]
+                self.hidden[0, h, kept] = False
         return causal_attention(step, key, value)

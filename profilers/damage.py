@@ -11,9 +11,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from cacheplan.scorers.scores import score
-from cacheplan.scorers.selection import kept_tokens
+from cacheplan.scorers.scores import Seen, score
+from cacheplan.scorers.selection import kept_tokens, ranked, recent_tokens, text_first
 from cacheplan.types import KVAction
 
 
@@ -30,25 +31,46 @@ class Nested:
     counts: list[list[int]]  # [K][G], ascending
 
 
-def nested_sets(
-    action: KVAction, query: Tensor, key: Tensor, counts: Sequence[int], *, scale: float
-) -> Nested:
+def nested_sets(action: KVAction, seen: Seen, counts: Sequence[int]) -> Nested:
     """What `action` keeps of the context for each of the ascending `counts`.
 
-    `query` `[1, H, C, D]` and `key` `[1, K, C, D]` are those of the context alone.  Tokens are
-    ordered by the smallest count at which they are kept, so any rule with nested choices fits.
+    `seen` (a batch of one) is the context alone.  Tokens are ordered by the smallest count at
+    which they are kept, so any rule with nested choices fits.
     """
-    scores = score(action.scorer, query, key, scale)
+    scores = score(action.scorer, seen)
+    if action.protect_text and seen.images is not None:
+        scores = text_first(scores, seen.images)
     _, K, C = scores.shape
-    missed = torch.zeros(K, C, dtype=torch.int64, device=key.device)
+    if action.split != "adaptive":
+        missed = _missed(scores[0], counts, action)
+        return Nested(missed.argsort(dim=-1, stable=True), [[*counts]] * K)
+    missed = torch.zeros(K, C, dtype=torch.int64, device=scores.device)
     sizes: list[list[int]] = [[] for _ in range(K)]
     for count in counts:
-        kept = torch.zeros(K, C, dtype=torch.bool, device=key.device)
+        kept = torch.zeros(K, C, dtype=torch.bool, device=scores.device)
         for h, tokens in enumerate(kept_tokens(scores, [count] * K, action)):
             kept[h, tokens] = True
             sizes[h].append(len(tokens))
         missed += ~kept
     return Nested(missed.argsort(dim=-1, stable=True), sizes)
+
+
+def _missed(scores: Tensor, counts: Sequence[int], action: KVAction) -> Tensor:
+    """How many of the sets that `kept_tokens` keeps at `counts` miss each token, `[K, C]` int64.
+
+    One ranking serves all counts: what differs is how many of the newest tokens are reserved, and
+    the others stay in their order.
+    """
+    C = scores.shape[-1]
+    if action.share == "layer":
+        scores = scores.mean(0, keepdim=True).expand_as(scores)
+    order = ranked(scores, sinks=action.sinks, recent=0)
+    missed = torch.zeros_like(order)
+    for count in counts:
+        recent = recent_tokens(action, count)
+        others = order < C - recent
+        missed += others & (others.cumsum(-1) > count - recent)
+    return torch.empty_like(missed).scatter_(-1, order, missed)
 
 
 def eviction_damage(
@@ -58,13 +80,16 @@ def eviction_damage(
     candidates: Sequence[Nested],
     *,
     scale: float,
-    block: int = 64,
+    sinks: Tensor | None = None,
+    softcap: float | None = None,
+    block: int = 128,
 ) -> Tensor:
     """Squared output error on the continuation's queries, `[K, A, G]` float64.
 
     `query` `[1, H, T, D]` are the continuation's, `key` `[1, K, C + T, D]` and `value` those of
     the whole text.  The error is summed over channels and the query heads of the group and
-    averaged over queries; continuation tokens are never evicted.
+    averaged over queries; continuation tokens are never evicted.  `sinks` `[H]` and `softcap` are
+    those of `kernels.ragged_attention`.
     """
     K, C = candidates[0].order.shape
     H, T = query.shape[1], query.shape[2]
@@ -72,19 +97,31 @@ def eviction_damage(
     sums = torch.zeros(K, len(candidates), fractions, dtype=torch.float64, device=query.device)
     position = torch.arange(C + T, device=query.device)
     for h in range(K):
-        keys, values = key[0, h].float(), value[0, h].float()
+        keys, values = key[0, h].float(), pad(value[0, h].float(), (0, 1), value=1.0)
         group = query[0, h * (H // K) : (h + 1) * (H // K)].float()
         for start in range(0, T, block):
             rows = group[:, start : start + block]
             last = position[C + start : C + start + rows.shape[1], None]
-            logits = (rows @ keys.T * scale).masked_fill_(position > last, float("-inf"))
-            weights = (logits - logits.amax(-1, keepdim=True)).exp()  # [G, block, C + T]
-            full = weights @ values / weights.sum(-1, keepdim=True)
-            above, below = weights[..., C:] @ values[C:], weights[..., C:].sum(-1, keepdim=True)
+            logits = capped(rows @ keys.T * scale, softcap)
+            logits.masked_fill_(position > last, float("-inf"))
+            most, aside = logits.amax(-1, keepdim=True), torch.zeros(())
+            if sinks is not None:  # a weight that every softmax has beside its tokens
+                own = sinks.float().view(K, -1, 1, 1)[h]
+                most = torch.maximum(most, own)
+                aside = (own - most).exp()
+            weights = (logits - most).exp()  # [G, block, C + T]
+            base = weights[..., C:] @ values[C:]
+            base[..., -1:] += aside
+            whole = weights[..., :C] @ values[:C] + base
+            full = whole[..., :-1] / whole[..., -1:]
             for a, nested in enumerate(candidates):
-                errors = _errors(nested, h, weights, values, above, below, full)
-                sums[h, a] += torch.stack(errors)
+                sums[h, a] += _errors(nested, h, weights, values, base, full)
     return sums / T
+
+
+def capped(logits: Tensor, softcap: float | None) -> Tensor:
+    """Logits bounded softly (Gemma 2, arXiv 2408.00118), or as they are."""
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
 def _errors(
@@ -92,18 +129,17 @@ def _errors(
     h: int,
     weights: Tensor,
     values: Tensor,
-    above: Tensor,
-    below: Tensor,
+    base: Tensor,
     full: Tensor,
-) -> list[Tensor]:
-    """Summed squared error at each fraction; `above / below` is the output with nothing kept."""
-    order = nested.order[h]
-    weights, values = weights[..., order], values[order]
-    errors, done = [], 0
-    for count in nested.counts[h]:
-        part = weights[..., done:count]
-        above = above + part @ values[done:count]
-        below = below + part.sum(-1, keepdim=True)
-        done = count
-        errors.append((above / below.clamp(min=1e-30) - full).double().square().sum())
-    return errors
+) -> Tensor:
+    """Summed squared error at each fraction, `[G]`; `base` is the sum with nothing kept.
+
+    The last channel of `values` is 1, so that one product sums numerator and denominator.
+    """
+    order, ends = nested.order[h], nested.counts[h]
+    weights, values = weights.flatten(0, 1).index_select(1, order), values[order]  # [rows, C]
+    parts = zip([0, *ends], ends, strict=False)
+    added = torch.stack([weights[:, start:end] @ values[start:end] for start, end in parts])
+    outcome = base.flatten(0, 1) + added.cumsum(0)
+    output = outcome[..., :-1] / outcome[..., -1:].clamp(min=1e-30)
+    return (output - full.flatten(0, 1)).double().square().sum((1, 2))

@@ -24,3 +24,13 @@ def mass_curve(query: Tensor, key: Tensor, *, scale: float) -> NDArray[np.float6
     at = np.linspace(0, len(share) - 1, POINTS + 1)
     curve: NDArray[np.float64] = np.interp(at, np.arange(len(share)), share)
     return curve
+
+
+def image_mass(query: Tensor, key: Tensor, pictured: Tensor, scale: float) -> float:
+    """Share of image tokens in the attention that the context receives, mean over heads.
+
+    `query` `[1, H, T, D]` are the continuation's and `key` `[1, K, C + T, D]` those of the whole
+    text; `pictured` `[C]` (bool) tells the images in the context.
+    """
+    received = column_sums(query, key, scale=scale)[0, :, : len(pictured)].double().sum(0)
+    return float(received[pictured].sum() / received.sum())

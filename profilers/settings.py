@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from cacheplan.types import DiffusionSpec, FeatureSite, KVAction, LanguageSpec
+from cacheplan.types import DiffusionSpec, FeatureSite, KVAction, LanguageSpec, Precision
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -13,6 +13,7 @@ class KVSettings:
     """Two language profiles with equal settings can be merged.
 
     `probes` are the (candidate, keep) indices of the ablations, on the first `ablate` prompts.
+    `keys`, `values`, `demoted` and `joint` say what is measured in few bits (`BitMenu`).
     """
 
     family: ClassVar[str] = "language"
@@ -25,6 +26,10 @@ class KVSettings:
     prompts_digest: str
     seed: int
     versions: tuple[tuple[str, str], ...]
+    keys: tuple[Precision, ...] = ()
+    values: tuple[Precision, ...] = ()
+    demoted: tuple[int, ...] = ()
+    joint: tuple[KVAction, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +62,20 @@ AXES: dict[str, tuple[str, ...]] = {
     "damage": ("layer", "kv_head", "candidate", "keep"),
     "ablation_damage": ("layer", "kv_head", "probe"),
     "ablation_kl": ("layer", "kv_head", "probe"),
+    "key_damage": ("layer", "kv_head", "key_precision"),
+    "value_damage": ("layer", "kv_head", "value_precision"),
+    "demoted_damage": ("layer", "kv_head", "demoted", "keep", "tensor"),
+    "joint_damage": ("layer", "kv_head", "joint"),
+    "coarse_kl": ("layer", "kv_head", "tensor"),
+    "coarse_damage": ("layer", "kv_head", "tensor"),
+    "output_energy": ("layer", "kv_head"),
+    "window_dispersion": ("layer",),
+    "window_shift": ("layer",),
+    "spectral_residual": ("layer",),
+    "retrieval_score": ("layer", "query_head"),
+    "block_distance": ("layer",),
+    "image_mass": ("layer",),
+    "image_share": (),
     "context_length": (),
     "continuation_length": (),
     "gram": ("site", "step", "lag"),
@@ -68,6 +87,8 @@ AXES: dict[str, tuple[str, ...]] = {
     "channel_mean": ("channel", "step"),
     "latent_l1": ("step", "lag"),
     "output_l1": ("step", "lag"),
+    "forecast_l1": ("step", "lag", "older"),
+    "modulated_l1": ("step", "lag"),
     "final_error": ("probe", "step"),
     "final_damage": ("probe", "step"),
     "output_damage": ("probe", "step"),

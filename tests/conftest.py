@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Callable
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -44,6 +45,7 @@ def _module(path: str) -> Any:
     assert spec is not None
     assert spec.loader is not None
     module = module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses look for their names
     spec.loader.exec_module(module)
     return module
 
@@ -58,6 +60,18 @@ def tiny_pipelines() -> Any:
 def synthetic_profiles() -> Any:
     """The module `tests/schedules/synthetic_profiles.py`."""
     return _module("schedules/synthetic_profiles.py")
+
+
+@pytest.fixture(scope="session")
+def tiny_decoders() -> Any:
+    """The module `tests/runtime/tiny_decoders.py`."""
+    return _module("runtime/tiny_decoders.py")
+
+
+@pytest.fixture(scope="session")
+def tiny_vision() -> Any:
+    """The module `tests/runtime/tiny_vision.py`."""
+    return _module("runtime/tiny_vision.py")
 
 
 TinyPipeline = Callable[[str], tuple[Any, dict[str, Any]]]
@@ -140,7 +154,7 @@ def make_plan(tiny_spec: LanguageSpec) -> MakePlan:
         spec: LanguageSpec = tiny_spec,
     ) -> KVPlan:
         if isinstance(actions, KVAction):
-            actions = dict.fromkeys(range(spec.layers), actions)
+            actions = dict.fromkeys(spec.planned, actions)
         entries = tuple(
             Entry(
                 site=Site(layer=at) if isinstance(at, int) else Site(layer=at[0], head=at[1]),

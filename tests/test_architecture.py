@@ -17,7 +17,8 @@ FILES = [path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.
 GROUND = {"types", "errors", "atomic", "environment", "placement"}
 PLANS = GROUND | {"plans", "solvers"}
 MODELS = GROUND | {"plans", "kernels", "scorers", "adapters"}
-TABLES = {"recipes", "budget", "readings", "formulate", "formulate_features"}
+TABLES = {"recipes", "budget", "readings", "readings_bits"}
+TABLES |= {"formulate", "formulate_bits", "formulate_features"}
 ALL = PLANS | MODELS | TABLES | {"profilers", "runtime"}
 INPUTS = {"inputs", "picture_inputs", "pictures"}
 WORK = {"generation", "drawing", "verification", "picture_verification", "measuring", "zoo"}
@@ -42,7 +43,10 @@ MAY_IMPORT = {
     "readings": GROUND,
     "formulate_heads": GROUND | {"readings"},
     "formulate_layers": GROUND | {"readings"},
-    "formulate": PLANS | {"readings", "formulate_heads", "formulate_layers"},
+    "readings_bits": GROUND | {"plans", "readings"},
+    "formulate_bits": PLANS | {"readings_bits"},
+    "formulate": PLANS
+    | {"readings", "readings_bits", "formulate_bits", "formulate_heads", "formulate_layers"},
     "schedules": PLANS | {"recipes"},
     "formulate_features": PLANS | {"schedules"},
     "pictures": set(),
@@ -64,7 +68,7 @@ MAY_IMPORT = {
     "": API,  # the package itself: names that are loaded on first use
     "__main__": {"cli"},
     "cli": GROUND
-    | {"plans", "recipes", "budget", "api"}
+    | {"plans", "recipes", "budget", "readings_bits", "api"}
     | {"picture_inputs", "picture_grid", "verification", "picture_verification", "frontier"},
 }
 

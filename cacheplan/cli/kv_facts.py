@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cacheplan.cli.bit_words import bit_words
 from cacheplan.cli.numbers import number, percent, size
 from cacheplan.errors import ProfileError
 from cacheplan.types import (
@@ -60,6 +61,7 @@ def action_words(action: KVAction) -> str:
         words.append(f"{action.split} split")
     if action.merge is not None:
         words.append(f"losers merged into the {_MERGED[action.merge.to]}")
+    words += bit_words(action)
     return ", ".join(words)
 
 
@@ -83,10 +85,18 @@ def cells(recipe: KVRecipe) -> str:
     else:
         names = dict.fromkeys(candidate.scorer.name for candidate in recipe.candidates)
         words.append(f"{len(recipe.candidates)} candidates: {', '.join(names)}")
+    if recipe.formats:
+        words.append(f"{len(recipe.formats)} precisions")
+    if recipe.demotions:
+        words.append(f"{len(recipe.demotions)} pairs of them where losers are demoted")
     if recipe.ranking_heads:
         words.append(f"chosen by {recipe.ranking_heads} retrieval heads")
     if recipe.decode_every is not None:
         words.append(f"again every {recipe.decode_every} new tokens")
+    if recipe.prefill_chunk is not None:
+        words.append(f"prompts in pieces of {recipe.prefill_chunk} tokens")
+    if recipe.online is not None:
+        words.append("layers divided anew for each prompt")
     return "; ".join(words)
 
 
@@ -145,6 +155,10 @@ def plan_words(plan: KVPlan) -> list[str]:
         lines[0] += f", never more than {budget.max_rows} rows"
     if plan.trigger.decode_every is not None:
         lines.append(f"decoding   cut back every {plan.trigger.decode_every} new tokens")
+    if plan.trigger.prefill_chunk is not None:
+        lines.append(f"prompts    read in pieces of {plan.trigger.prefill_chunk} tokens")
+    if plan.trigger.online is not None:
+        lines.append("layers     divided anew for each prompt")
     return lines
 
 

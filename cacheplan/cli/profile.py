@@ -83,6 +83,10 @@ def profile(
         int | None,
         typer.Option(metavar="N", help="Tokens of a picture that are compared (512)."),
     ] = None,
+    bits: Annotated[
+        bool,
+        typer.Option(help="Also measure keys and values in few bits (a third more time)."),
+    ] = True,
     seed: Annotated[int, typer.Option(metavar="N")] = 0,
     shard: Annotated[
         str,
@@ -134,6 +138,7 @@ def profile(
                 dtype=dtype,
                 progress=report,
                 processes=processes,
+                bits=bits,
                 placement=placement_of(device_map, max_memory, offload_folder),
             )
     if not first:

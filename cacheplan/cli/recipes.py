@@ -38,6 +38,8 @@ def _facts(recipe: Recipe) -> dict[str, Any]:
             "allocation": division_words(recipe),
             "candidates": [action_words(action) for action in recipe.candidates],
             "decode_every": recipe.decode_every,
+            "prefill_chunk": recipe.prefill_chunk,
+            "online": recipe.online is not None,
         }
     facts: dict[str, Any] = encode(FeatureRecipe, recipe)
     return {"family": recipe.family, **facts}

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from cacheplan import api
+from cacheplan.cli.bit_words import bit_map, sum_lines
 from cacheplan.cli.facts import model_words, plan_words, profile_facts, profile_words
 from cacheplan.cli.feature_map import feature_map, sensitivity_lines
 from cacheplan.cli.feature_map import legend as feature_legend
@@ -93,6 +94,9 @@ def _show_kv_map(plan: KVPlan) -> None:
     print("\nkept tokens of each head in percent, and who chooses them:")
     draw(heatmap)
     print("\n".join(legend(scorers)))
+    if lines := list(bit_map(plan)):
+        print("\nbits of keys and values of each head, after > those of demoted tokens:")
+        print("\n".join(lines))
 
 
 def _show_feature_map(plan: FeaturePlan) -> None:
@@ -113,6 +117,9 @@ def _show_kv_profile(path: Path, profile: KVProfile) -> None:
     print(f"the scorer that does least damage to the head when {100 * keep:g} % are kept:")
     draw(heatmap)
     print("\n".join(legend(candidate.scorer for candidate in profile.candidates)))
+    if lines := list(sum_lines(profile)):
+        print("\ndamage of fewer tokens in fewer bits, over the sum of what each does alone:")
+        print("\n".join(lines))
 
 
 def _show_feature_profile(path: Path, profile: FeatureProfile) -> None:

@@ -8,15 +8,17 @@ from typing import TypeVar
 
 from cacheplan.errors import InputError
 from cacheplan.recipes.features import FEATURE_RECIPES
-from cacheplan.recipes.kv import CANDIDATES, RECIPES, while_decoding
+from cacheplan.recipes.kv import CANDIDATES, RECIPES, candidates_for, seeing, while_decoding
 from cacheplan.types import FeatureRecipe, KVRecipe
 
 __all__ = [
     "CANDIDATES",
     "FEATURE_RECIPES",
     "RECIPES",
+    "candidates_for",
     "find_feature_recipe",
     "find_recipe",
+    "seeing",
     "while_decoding",
 ]
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from cacheplan.adapters.attention import Step
-from cacheplan.kernels.decode_attention import dispatch
+from cacheplan.kernels.decode_attention import cpu_int8, dispatch
 from cacheplan.kernels.decode_attention.segments import Work, divide
 from cacheplan.kernels.ragged_attention.naive import ragged_attention
 from cacheplan.runtime.mixed import MixedRows
@@ -21,7 +21,12 @@ def attend(rows: RaggedRows | TieredRows | MixedRows, step: Step) -> tuple[Tenso
     if isinstance(rows, MixedRows):
         return _mixed(rows, step)
     single = step.query.shape[2] == 1 and step.valid is None and step.softcap is None
-    if isinstance(rows, TieredRows) and single:
+    int8 = rows.int8_rows() if isinstance(rows, TieredRows) and single else None
+    if int8 is not None and step.sinks is None:
+        query = step.query[:, :, 0].bfloat16()
+        products = cpu_int8.decode_attention(query, int8, scale=step.scale)
+        return products[:, None].to(step.query.dtype), "int8 products"
+    if isinstance(rows, TieredRows) and single and int8 is None:
         found = dispatch.decode_attention(
             step.query[:, :, 0],
             rows.segments(),

@@ -152,6 +152,11 @@ class PlanCache(AttendingCache):
         After every piece the layers are cut back to what the plan keeps of the whole prompt.
         Raises UnsupportedError for choices that need the whole prompt at once.
         """
+        if self.plan.trigger.online is not None:
+            raise UnsupportedError(
+                "The plan divides tokens among layers for each prompt, which needs the whole of it "
+                "at once: apply it without prefill_chunk."
+            )
         for _, action in (group for layer in self.planned_layers for group in layer.groups):
             name, mean = action.scorer.name, getattr(action.scorer, "mean", False)
             if name == ProbeAttention.name:

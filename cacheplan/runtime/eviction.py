@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -10,9 +11,16 @@ from torch import Tensor
 from cacheplan.errors import UnsupportedError
 from cacheplan.kernels.column_sums.naive import column_sums
 from cacheplan.runtime.rows import RaggedRows
-from cacheplan.scorers.scores import Seen, score
+from cacheplan.scorers.merging import fold
+from cacheplan.scorers.scores import Rotary, Seen, score
 from cacheplan.scorers.selection import kept_tokens
-from cacheplan.types import AccumulatedAttention, KVAction, KVPlan
+from cacheplan.types import (
+    AccumulatedAttention,
+    KVAction,
+    KVPlan,
+    ProbeAttention,
+    WindowAttention,
+)
 
 Groups = list[tuple[list[int], KVAction]]
 
@@ -34,15 +42,40 @@ def accumulates(groups: Groups) -> bool:
     return any(isinstance(action.scorer, AccumulatedAttention) for _, action in groups)
 
 
-def choose(
-    rows: RaggedRows, b: int, query: Tensor, counts: list[int], groups: Groups, *, scale: float
-) -> list[Tensor]:
-    """The tokens that stay in each of entry b's rows, by kv head, ascending.
+@dataclass(frozen=True, eq=False)
+class Choice:
+    """What stays of one row: ascending indices, by `action`, which scored its tokens `[n]`."""
 
-    `query` `[1, H, T, D]` are the newest T tokens of the entry; head h keeps at most `counts[h]`.
+    kept: Tensor
+    scores: Tensor
+    action: KVAction
+
+
+@dataclass(frozen=True, eq=False)
+class Newest:
+    """The newest T tokens of a batch entry, the first of them at the position `start`.
+
+    `query` `[1, H, T, D]`; `rotary` is for scorers that need it, `probed` what probes have found,
+    `images` `[1, n]` (bool) tells image tokens, right behind the prompt.
+    """
+
+    query: Tensor
+    scale: float = 1.0
+    start: int = 0
+    rotary: Rotary | None = None
+    probed: Mapping[ProbeAttention, Tensor] = field(default_factory=dict)
+    images: Tensor | None = None
+
+
+def choose(
+    rows: RaggedRows, b: int, newest: Newest, counts: list[int], groups: Groups
+) -> dict[int, Choice]:
+    """What stays in each of entry b's rows; head h keeps at most `counts[h]`.
+
     Raises UnsupportedError where heads choose together but no longer hold the same tokens.
     """
-    kept: list[Tensor] = [torch.empty(0)] * rows.heads
+    choices: dict[int, Choice] = {}
+    group = newest.query.shape[1] // rows.heads
     for heads, action in groups:
         lengths = {rows.lengths[rows.of_entry(b)[h]] for h in heads}
         if len(lengths) > 1 and (action.share == "layer" or action.split == "adaptive"):
@@ -55,10 +88,54 @@ def choose(
         for some in together:
             length = rows.lengths[rows.of_entry(b)[some[0]]]
             wanted = [min(counts[h], length) for h in some]
-            scores = _scores(rows, b, query, some, action, scale)
-            for h, tokens in zip(some, kept_tokens(scores, wanted, action), strict=True):
-                kept[h] = tokens
-    return kept
+            own = [rows.of_entry(b)[h] for h in some]
+            if rows.state is not None and isinstance(action.scorer, AccumulatedAttention):
+                scores = torch.stack([rows.state[rows.row(r)] for r in own])[None]
+            else:
+                queries = [h * group + g for h in some for g in range(group)]
+                key, value = rows.together(own)
+                seen = Seen(
+                    newest.query[:, queries],
+                    key[None],
+                    value[None],
+                    newest.scale,
+                    newest.start,
+                    newest.rotary,
+                    {scorer: found[:, some] for scorer, found in newest.probed.items()},
+                )
+                scores = _scores(rows, own, seen, action)
+            kept = kept_tokens(scores, wanted, action, newest.images)
+            if action.share == "layer":
+                scores = scores.mean(1, keepdim=True).expand_as(scores)
+            for r, tokens, deserved in zip(own, kept, scores[0], strict=True):
+                choices[r] = Choice(tokens, deserved, action)
+    return choices
+
+
+def cut(rows: RaggedRows, choices: Mapping[int, Choice]) -> None:
+    """Leave what was chosen; rows without a choice stay whole, losers are merged or dropped."""
+    everything = [torch.arange(n, device=rows.keys.device) for n in rows.lengths]
+    kept = [choices[r].kept if r in choices else own for r, own in enumerate(everything)]
+    merged = {
+        r: fold(rows.merged(r), choice.scores, choice.kept, choice.action)
+        for r, choice in choices.items()
+        if choice.action.merge is not None and len(choice.kept) < rows.lengths[r]
+    }
+    rows.keep(kept)
+    for r, row in merged.items():
+        rows.write(r, row)
+
+
+def probes_of(plan: KVPlan) -> tuple[ProbeAttention, ...]:
+    """The scorers of a plan that need tokens read behind the prompt."""
+    actions = [entry.action for entry in plan.entries if isinstance(entry.action, KVAction)]
+    scorers = dict.fromkeys(action.scorer for action in actions)
+    return tuple(scorer for scorer in scorers if isinstance(scorer, ProbeAttention))
+
+
+def counts_merged(groups: Groups) -> bool:
+    """Whether some head stores how many tokens each of its rows stands for."""
+    return any(action.merge is not None and action.merge.count_bias for _, action in groups)
 
 
 def accumulate(rows: RaggedRows, b: int, query: Tensor, scale: float) -> None:
@@ -68,17 +145,23 @@ def accumulate(rows: RaggedRows, b: int, query: Tensor, scale: float) -> None:
     for h, r in enumerate(rows.of_entry(b)):
         own = query[:, h * group : (h + 1) * group]
         key = rows.keys[rows.row(r)][None, None]
+        if rows.bias is not None:
+            own, key = _biased(own, key, rows.bias[None, None, rows.row(r)], scale)
         rows.state[rows.row(r)] += column_sums(own, key, scale=scale)[0, 0]
 
 
-def _scores(
-    rows: RaggedRows, b: int, query: Tensor, heads: list[int], action: KVAction, scale: float
-) -> Tensor:
-    """`[1, len(heads), n]` for rows of one length n."""
-    own = [rows.of_entry(b)[h] for h in heads]
-    if rows.state is not None and isinstance(action.scorer, AccumulatedAttention):
-        return torch.stack([rows.state[rows.row(r)] for r in own])[None]
-    group = query.shape[1] // rows.heads
-    queries = [h * group + g for h in heads for g in range(group)]
-    key, value = rows.together(own)
-    return score(action.scorer, Seen(query[:, queries], key[None], value[None], scale))
+def _scores(rows: RaggedRows, own: list[int], seen: Seen, action: KVAction) -> Tensor:
+    """`[1, len(own), n]` for rows `own` of one length n."""
+    if rows.bias is not None and isinstance(action.scorer, WindowAttention | AccumulatedAttention):
+        bias = torch.stack([rows.bias[rows.row(r)] for r in own])[None]
+        query, key = _biased(seen.query, seen.key, bias, seen.scale)
+        seen = replace(seen, query=query, key=key)
+    return score(action.scorer, seen)
+
+
+def _biased(query: Tensor, key: Tensor, bias: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Queries `[1, H, T, D + 1]` and keys whose scaled products hold the bias `[1, K, n]` too."""
+    one = query.new_ones(*query.shape[:-1], 1)
+    return torch.cat([query, one], dim=-1), torch.cat(
+        [key.float(), bias[..., None] / scale], dim=-1
+    )

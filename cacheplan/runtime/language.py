@@ -10,11 +10,13 @@ from typing import Any
 from transformers import DynamicCache
 
 from cacheplan.adapters.attention import AttendingCache, attending, check_attention
+from cacheplan.adapters.decoder import text_decoder
 from cacheplan.adapters.language import describe
 from cacheplan.errors import UnsupportedError
 from cacheplan.plans.check import check_model
 from cacheplan.runtime.cache import PlanCache
-from cacheplan.runtime.prefill import prompt_in_pieces
+from cacheplan.runtime.images import images_in_prompts
+from cacheplan.runtime.prefill import probes_behind_prompts, prompt_in_pieces
 from cacheplan.types import KVPlan
 
 
@@ -31,9 +33,10 @@ def apply_cache(
     attention and hooks exactly.
 
     `prefill_chunk` reads prompts in pieces of that many tokens and evicts after each, so that
-    memory never holds more than the plan's cache and one piece (`runtime.prefill`).  Without it
-    the first call on an empty cache is taken for the whole prompt: do not hand `generate` a
-    `prefill_chunk_size`, whose later chunks look like a second turn and would all stay.
+    memory never holds more than the plan's cache and one piece (`runtime.prefill`); None does as
+    the plan says (`Trigger.prefill_chunk`).  A prompt that is not cut is the first call on an empty
+    cache: do not hand `generate` a `prefill_chunk_size`, whose later chunks look like a second
+    turn and would all stay.
 
     Raises ModelMismatchError if the plan was made for another model, UnsupportedError if the
     model or the plan is outside what the runtime does.
@@ -42,7 +45,7 @@ def apply_cache(
     check_model(plan, describe(model))
     PlanCache(plan, model)  # refuse here, not at the first forward call
     _refuse_generation_settings(model)
-    decoder = model.get_decoder()
+    decoder = text_decoder(model)
     made: deque[PlanCache] = deque(maxlen=1)  # a server must not collect its caches
 
     def give_cache(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -55,12 +58,31 @@ def apply_cache(
                 "a plan is applied, which would bypass it: pass PlanCache(plan) or no cache."
             )
         made.append(PlanCache(plan, model))
+        if past is not None and any(getattr(layer, "record_past", False) for layer in past.layers):
+            made[-1].activate_past_recording()  # windows and states that an assistant takes back
         return args, {**kwargs, "past_key_values": made[-1]}
 
-    with attending(model), ExitStack() as hooks:
+    with ExitStack() as hooks:
+        # first, so that the other hooks find the cache
         hooks.callback(decoder.register_forward_pre_hook(give_cache, with_kwargs=True).remove)
-        hooks.enter_context(prompt_in_pieces(model, prefill_chunk))
+        hooks.enter_context(following(model, plan, prefill_chunk=prefill_chunk))
         yield made
+
+
+@contextmanager
+def following(model: Any, plan: KVPlan, *, prefill_chunk: int | None = None) -> Iterator[None]:
+    """Make planned caches work that are passed as `past_key_values`, as `apply` does.
+
+    For callers that have checked model and plan and make their own caches.
+    """
+    prefill_chunk = plan.trigger.prefill_chunk if prefill_chunk is None else prefill_chunk
+    with (
+        attending(model),
+        images_in_prompts(model),
+        prompt_in_pieces(model, prefill_chunk),
+        probes_behind_prompts(model),
+    ):
+        yield
 
 
 def _refuse_generation_settings(model: Any) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -11,6 +13,7 @@ from cacheplan.errors import UnsupportedError
 from cacheplan.plans.rows import kept_rows
 from cacheplan.plans.storage import in_few_bits
 from cacheplan.runtime.attending import attend
+from cacheplan.runtime.cascade import Cascade
 from cacheplan.runtime.eviction import (
     Choice,
     Groups,
@@ -25,8 +28,10 @@ from cacheplan.runtime.eviction import (
 )
 from cacheplan.runtime.mixed import MixedRows
 from cacheplan.runtime.rows import RaggedRows
+from cacheplan.scorers.preference import preference
 from cacheplan.scorers.probe import joined, paid
-from cacheplan.scorers.scores import Rotary
+from cacheplan.scorers.scores import Rotary, Seen
+from cacheplan.scorers.selection import kept_tokens
 from cacheplan.types import KVPlan, ProbeAttention, needs_rotary
 
 _REMEMBERED = 64  # prompt lengths whose row counts are kept
@@ -46,6 +51,7 @@ class Course:
         self.expected: list[int] | None = None
         self.probes = probes_of(plan)
         self.probe: ProbeAttention | None = None
+        self.cascade = None if plan.trigger.online is None else Cascade(plan)
         self.images: list[Tensor] | None = None
         self._rows: dict[int, list[list[int]]] = {}
 
@@ -84,6 +90,9 @@ class PlanLayer(AttendingLayer):
         self._step: Step | None = None  # of the layer's own attention
         self.waiting: dict[int, Choice] | None = None  # what is chosen before the probes have run
         self._probed: list[dict[ProbeAttention, Tensor]] = []  # per batch entry, `[1, K, n]` each
+        self._scored: dict[int, Choice] = {}  # what rows hold that are to be cut back further
+        if self.course.cascade is not None:
+            self.course.cascade.clear()  # a call that failed may have left some
 
     def receive(self, key: Tensor, value: Tensor) -> None:
         expected = self.course.plan.model
@@ -162,7 +171,7 @@ class PlanLayer(AttendingLayer):
                 self._accumulate(rows, step)
             self._since += T
             if self._since == every:
-                self._cut(rows, self._chosen(rows, step, self.tokens, self.groups))
+                self._cut(rows, self._chosen(rows, step, self._counts(self.tokens), self.groups))
                 self._since = 0
 
     def _within_prompt(self, rows: RaggedRows, step: Step) -> None:
@@ -175,10 +184,15 @@ class PlanLayer(AttendingLayer):
             self._accumulate(rows, step)
         if self.course.probes:
             groups = [group for group in self.groups if group[1].scorer not in self.course.probes]
-            self.waiting = self._chosen(rows, step, expected, groups)
+            self.waiting = self._chosen(rows, step, self._counts(expected), groups)
             self._probed = [{} for _ in range(rows.batch)]
+        elif self.course.cascade is not None:
+            none = [[0] * rows.heads] * rows.batch
+            self._scored = self._chosen(rows, step, none, self.groups)
+            preferences = [self._preference(rows, step, b) for b in range(rows.batch)]
+            self.course.cascade.arrived(self, preferences, self.tokens)
         else:
-            self._cut(rows, self._chosen(rows, step, expected, self.groups))
+            self._cut(rows, self._chosen(rows, step, self._counts(expected), self.groups))
         if last:
             self.prompt = list(self.tokens)
             if not decoding:
@@ -205,28 +219,55 @@ class PlanLayer(AttendingLayer):
         assert isinstance(self.rows, RaggedRows)
         assert self.waiting is not None
         groups = [group for group in self.groups if group[1].scorer in self.course.probes]
-        self._cut(self.rows, self.waiting | self._chosen(self.rows, None, self.prompt, groups))
+        probed = self._chosen(self.rows, None, self._counts(self.prompt), groups)
+        self._cut(self.rows, self.waiting | probed)
         self.waiting, self._probed = None, []
         self._pack(self.rows)
 
+    def cut_back(self, parts: list[int], *, last: bool) -> None:
+        """Leave each head of entry b `parts[b]` tokens, by the scores they had in the prompt."""
+        assert isinstance(self.rows, RaggedRows)
+        choices = {}
+        for r, held in self._scored.items():
+            part = parts[r // self.rows.heads]
+            if part < self.rows.lengths[r]:
+                (kept,) = kept_tokens(held.scores[None, None], [part], held.action)
+                choices[r] = replace(held, kept=kept)
+                self._scored[r] = replace(held, scores=held.scores[kept])
+        self._cut(self.rows, choices)
+        if last:
+            self._scored = {}
+
+    def _preference(self, rows: RaggedRows, step: Step, b: int) -> float:
+        """What entry b's attention in this layer prefers to have of the cache."""
+        weight = self.course.plan.trigger.online
+        assert weight is not None
+        key, value = rows.together(list(rows.of_entry(b)))
+        seen = Seen(self._queries(step, b), key[None], value[None], step.scale)
+        return preference(weight, seen)
+
+    def _counts(self, lengths: list[int]) -> list[list[int]]:
+        """What the plan keeps of texts of these lengths, per entry and kv head."""
+        return [self.course.rows(length)[self.index] for length in lengths]
+
     def _chosen(
-        self, rows: RaggedRows, step: Step | None, lengths: list[int], groups: Groups
+        self, rows: RaggedRows, step: Step | None, counts: list[list[int]], groups: Groups
     ) -> dict[int, Choice]:
-        """What stays of every entry's rows when as much goes as of a text of that length."""
+        """What stays of the rows of every entry that holds more tokens than it may."""
         choices: dict[int, Choice] = {}
         for b in range(rows.batch):
             held = [rows.lengths[r] for r in rows.of_entry(b)]
-            counts = self.course.rows(lengths[b])[self.index]
-            if any(n > count for n, count in zip(held, counts, strict=True)):
+            if any(n > count for n, count in zip(held, counts[b], strict=True)):
                 images = self._images(b, held, groups)
                 if step is None:
                     none = rows.keys.new_zeros(1, rows.heads, 0, 1)
                     newest = Newest(none, probed=self._probed[b], images=images)
                 else:
                     query = self._queries(step, b)
-                    start, rotary = self.tokens[b] - query.shape[2], self._rotary(step, lengths[b])
+                    start = self.tokens[b] - query.shape[2]
+                    rotary = self._rotary(step, (self.course.expected or self.tokens)[b])
                     newest = Newest(query, step.scale, start, rotary, images=images)
-                choices |= choose(rows, b, newest, counts, groups)
+                choices |= choose(rows, b, newest, counts[b], groups)
         return choices
 
     def _cut(self, rows: RaggedRows, choices: dict[int, Choice]) -> None:

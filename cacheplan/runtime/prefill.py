@@ -1,4 +1,4 @@
-"""Read a prompt in pieces, evicting after each, so that peak memory stays bounded."""
+"""How prompts are read: in pieces that bound the memory, and with probes behind them."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cacheplan.adapters.decoder import text_decoder
 from cacheplan.errors import InputError, UnsupportedError
 from cacheplan.runtime.cache import PlanCache
 
@@ -36,7 +37,7 @@ def prompt_in_pieces(model: torch.nn.Module, chunk: int | None) -> Iterator[None
     """
     if chunk is not None and chunk < 1:
         raise InputError(f"The prefill chunk is {chunk} tokens, expected at least 1.")
-    decoder = model.get_decoder()  # type: ignore[operator]
+    decoder = text_decoder(model)
     earlier: list[Tensor] = []  # hidden states of the pieces before the last
     inside, guesses = False, 0
 
@@ -85,6 +86,26 @@ def prompt_in_pieces(model: torch.nn.Module, chunk: int | None) -> Iterator[None
     finally:
         for hook in hooks:
             hook.remove()
+
+
+@contextmanager
+def probes_behind_prompts(model: torch.nn.Module) -> Iterator[None]:
+    """After the call that fills a `PlanCache`, read the tokens by which the plan scores the prompt.
+
+    The call returns what it would without them, and the cache holds the prompt alone.
+    """
+    decoder = text_decoder(model)
+
+    def probe(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        cache = kwargs.get("past_key_values")
+        if isinstance(cache, PlanCache) and not cache.probing:
+            cache.read_probes(module, kwargs)
+
+    hook = decoder.register_forward_hook(probe, with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def _length(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:

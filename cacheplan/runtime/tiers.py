@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cacheplan.kernels.decode_attention.cpu_int8 import Int8Row
 from cacheplan.kernels.decode_attention.segments import Segment, Work
 from cacheplan.kernels.quantize.dispatch import dequantize, quantize
 from cacheplan.kernels.quantize.packed import Format, Packed
-from cacheplan.plans.storage import divide, flush_tokens, high_tier, packed
+from cacheplan.plans.storage import divide, flush_tokens, for_int8_product, high_tier, packed
+from cacheplan.runtime.int8_tier import Int8Tier
 from cacheplan.runtime.rows import RaggedRows
 from cacheplan.types import KVAction, Precision, Tier
 
@@ -119,13 +121,16 @@ class TieredRows:
             rest = losers[tokens.low :] if action.low is not None else losers[:0]
             exact.append(torch.cat([own[tokens.high :], rest]).sort().values)
         tier = high_tier(action)
-        self.high = None if tier is None else PackedTier(tier, *_taken(rows, high))
+        self.high: PackedTier | Int8Tier | None = None
+        if tier is not None:
+            kind = Int8Tier if for_int8_product(tier) else PackedTier
+            self.high = kind(tier, *_taken(rows, high))
         self.low = None if action.low is None else PackedTier(action.low, *_taken(rows, low))
         rows.keep(exact)
         self.exact = rows
 
     @property
-    def tiers(self) -> list[PackedTier]:
+    def tiers(self) -> list[PackedTier | Int8Tier]:
         return [tier for tier in (self.low, self.high) if tier is not None]
 
     @property
@@ -166,7 +171,18 @@ class TieredRows:
         offsets = torch.tensor(exact.offsets, dtype=torch.int32, device=device)
         lengths = torch.tensor(exact.lengths, dtype=torch.int32, device=device)
         newest = Segment(exact.keys, exact.values, offsets, lengths)
-        return [*(tier.segment for tier in self.tiers), newest]
+        packed = [tier.segment for tier in self.tiers if isinstance(tier, PackedTier)]
+        return [*packed, newest]
+
+    def int8_rows(self) -> list[Int8Row] | None:
+        """All tokens for the CPU's int8 product, None if they are not stored for it."""
+        if not isinstance(self.high, Int8Tier):
+            return None
+        exact, places = self.exact, map(self.exact.row, range(len(self.exact.lengths)))
+        return [
+            Int8Row(parts, exact.keys[place].bfloat16(), exact.values[place].bfloat16())
+            for parts, place in zip(self.high.rows, places, strict=True)
+        ]
 
     def numbers(self, entries: range) -> tuple[Tensor, Tensor, list[int], list[int]]:
         """Pools of all tokens of some entries as numbers, with offsets and lengths of their rows.

@@ -20,13 +20,13 @@ def ranked(scores: Tensor, *, sinks: int, recent: int) -> Tensor:
     score; equal scores keep the older token, so smaller choices are subsets of larger ones.
     """
     S = scores.shape[-1]
-    order = scores.argsort(dim=-1, descending=True, stable=True)
-    place = torch.empty_like(order)
-    place.scatter_(-1, order, torch.arange(S, device=scores.device).expand_as(order))
+    recent = min(recent, S)
     index = torch.arange(S, device=scores.device)
-    place = torch.where(index < sinks, index - S, place)
-    place = torch.where(index >= S - recent, S - 1 - index - 2 * S, place)
-    return place.argsort(dim=-1)
+    first = torch.cat([index[S - recent :].flip(0), index[: min(sinks, S - recent)]])
+    raised = scores.index_fill(-1, first, float("inf"))
+    order = raised.argsort(dim=-1, descending=True, stable=True)
+    order[..., : len(first)] = first
+    return order
 
 
 def adaptive_counts(scores: Tensor, count: int, action: KVAction) -> Tensor:
@@ -50,13 +50,31 @@ def adaptive_counts(scores: Tensor, count: int, action: KVAction) -> Tensor:
     return counts.scatter_add_(1, best // S, torch.ones_like(best))
 
 
-def kept_tokens(scores: Tensor, counts: list[int], action: KVAction) -> list[Tensor]:
+def text_first(scores: Tensor, images: Tensor) -> Tensor:
+    """Scores `[B, K, S]` in which all text stands above the `images` `[B, S]` (bool).
+
+    Both keep their order (LOOK-M's text prior, arXiv 2406.18139, section 3.2).  float64, so that
+    small scores survive the shift.
+    """
+    numbers = scores.double()
+    known = numbers.masked_fill(~numbers.isfinite(), 0.0)
+    low, high = known.amin() - 1, known.amax() + 1
+    numbers = numbers.clamp(low, high)  # infinite scores must come within reach
+    return numbers - images[:, None] * (high - low + 1)
+
+
+def kept_tokens(
+    scores: Tensor, counts: list[int], action: KVAction, images: Tensor | None = None
+) -> list[Tensor]:
     """Choose the tokens of every row: ascending indices, row `b * K + h` at that place.
 
-    `scores` `[B, K, S]`; `counts` `[K]` tokens per kv head.
+    `scores` `[B, K, S]`; `counts` `[K]` tokens per kv head; `images` `[B, S]` (bool) are image
+    tokens, of which a text has none.
     """
     B, K, _ = scores.shape
     rows = [counts] * B
+    if action.protect_text and images is not None:
+        scores = text_first(scores, images)
     if action.share == "layer":
         scores = scores.mean(1, keepdim=True).expand_as(scores)
     if action.split == "adaptive":

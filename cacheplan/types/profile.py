@@ -48,10 +48,10 @@ class KVProfile:
     `context_length`, `continuation_length` `[]`: tokens.
 
     In few bits, unless the profile was taken without (FK, FV precisions `keys` and `values`):
-    `key_damage` `[L, K, FK]`, `value_damage` `[L, K, FV]`: damage of the whole context with keys, or
-    values, in that precision.
-    `demoted_damage` `[L, K, A', G, 2]`: damage of the candidates `demoted` when all tokens stay, but
-    those that the candidate would evict have keys, or values, in the last of the precisions.
+    `key_damage` `[L, K, FK]`, `value_damage` `[L, K, FV]`: damage of the whole context with keys,
+    or values, in that precision.
+    `demoted_damage` `[L, K, A', G, 2]`: damage of the candidates `demoted` when all tokens stay,
+    but what would be evicted has keys, or values, in the last of the precisions.
     `joint_damage` `[L, K, J]`: damage of the actions `joint` as the runtime stores them.
     `coarse_kl`, `coarse_damage` `[L, K, 2]`: divergence of the model and damage when this head
     alone has all keys, or values, in the last of the precisions; on the first few prompts.

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from cacheplan.types.features import Gate
-from cacheplan.types.plan import KVAction
+from cacheplan.types.plan import KVAction, Tier
 from cacheplan.types.weights import LayerWeight, Preference
 
 
@@ -16,7 +16,9 @@ class KVRecipe:
 
     `allocation` decides how much each site keeps: "uniform", "prefix" (one threshold on
     retained attention mass, per layer), "proportional" (layers by `weight`), "classes" (some heads
-    keep everything, the others share the rest) or "knapsack" (measured damage, per head).
+    keep everything, the others share the rest), "knapsack" (measured damage, per head), "joint"
+    (the same, of tokens and precisions at once), "layers" (a precision per layer, all tokens stay)
+    or "fixed" (nothing: the candidate is done as it is).
     `candidates` are what may be done at a site, as actions whose `keep` is still open (1.0);
     published methods have exactly one, and the knapsack chooses per site.
 
@@ -24,6 +26,9 @@ class KVRecipe:
     `least_share` of the mean, whichever is most; none gets more than `most` times the mean.
     `ranking_heads` is the number of query heads per layer that rank tokens for all (0: each
     ranks its own), chosen by the profile's retrieval scores.
+
+    `formats` are the precisions to choose from, `demotions` pairs of them for tokens that stay and
+    for the others.
 
     `decode_every`, `prefill_chunk` and `online` are the plan's (`Trigger`).
     """
@@ -39,6 +44,8 @@ class KVRecipe:
     least_share: float = 0.0
     most: float = float("inf")
     ranking_heads: int = 0
+    formats: tuple[Tier, ...] = ()
+    demotions: tuple[tuple[Tier, Tier], ...] = ()
     decode_every: int | None = None
     prefill_chunk: int | None = None
     online: Preference | None = None

@@ -82,7 +82,7 @@ def ragged_attention(
                     own = sinks.view(-1, G)[heads].repeat_interleave(part.shape[2], 1)
                 found = _explicit(flat, k, v, mask, scale, own, softcap)
             out[first : first + rows, :, start : start + _BLOCK] = found.view(*part.shape[:3], -1)
-    return out.view(B, H, T, -1)
+    return out.view(B, H, T, out.shape[-1])
 
 
 def _bundles(offsets: Sequence[int], lengths: Sequence[int]) -> list[tuple[int, int]]:

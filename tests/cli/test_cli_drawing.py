@@ -84,6 +84,16 @@ def test_words() -> None:
     assert scorer_words(WindowAttention()) == "window_attention"
     assert cells(RECIPES["h2o"]).endswith("again every 1 new tokens")
     assert cells(RECIPES["adakv"]).startswith("uniform; window_attention (pool 7, pooling max)")
+    assert cells(RECIPES["epicache"]).startswith(
+        "proportional to block_distance, at least 0.25 of the mean; window_attention"
+    )
+    assert cells(RECIPES["compresskv"]) == (
+        "proportional to output_error, at least 32, at most 3 times the mean; "
+        "window_attention (window 8), recent 8, one set per layer; chosen by 4 retrieval heads"
+    )
+    assert scorer_words(WindowAttention(window=8, heads=(2, 5))) == (
+        "window_attention (window 8, 2 heads)"
+    )
 
 
 def test_plain_progress_speaks_at_most_every_few_seconds(

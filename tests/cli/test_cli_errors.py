@@ -97,16 +97,21 @@ def test_a_bug_is_named_and_shows_its_traceback_on_demand(monkeypatch: pytest.Mo
         assert "Traceback (most recent call last)" in result.stderr
 
 
-@pytest.mark.parametrize(("command", "kept"), [("profile", True), ("run", False)])
+@pytest.mark.parametrize(
+    ("command", "kept"),
+    [("profile", "finished prompts are kept"), ("refine", "were run are kept"), ("run", "")],
+)
 def test_an_interrupt_says_what_is_kept(
-    monkeypatch: pytest.MonkeyPatch, command: str, kept: bool
+    monkeypatch: pytest.MonkeyPatch, command: str, kept: str
 ) -> None:
-    for name in ("profile", "generate"):
+    monkeypatch.setattr(api, "load_profile", lambda path: None)
+    for name in ("profile", "refine", "generate"):
         monkeypatch.setattr(api, name, failing(KeyboardInterrupt()))
     result = run(app, [command])
     assert result.exit_code == 130
     assert result.stderr.splitlines()[-1].startswith("Interrupted")
-    assert ("finished prompts are kept" in result.stderr) == kept
+    assert kept in result.stderr
+    assert ("run the same command to go on" in result.stderr) == bool(kept)
 
 
 def test_a_closed_pipe_is_quiet() -> None:

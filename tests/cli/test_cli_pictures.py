@@ -82,6 +82,25 @@ def test_verify_writes_the_measurement_that_show_repeats(folder: Path) -> None:
     assert "predicted" in cacheplan("verify --prompts heldout.jsonl --limit 1").stdout
 
 
+def test_refine_moves_steps_and_goes_on(folder: Path) -> None:
+    where = "--profile profile.safetensors --prompts calibration.txt"
+    first = cacheplan(f"refine uniform.json {where} --evaluations 2")
+    assert first.stdout.startswith("refined.json: uniform for ")
+    assert "certified  local search: Refined from the measured error " in first.stdout
+    assert "goes on from refined.json.part" in first.stderr
+    assert first.stderr.endswith("Next: cacheplan verify refined.json\n")
+    told = cacheplan(f"refine uniform.json {where} --limit 2 --json")  # as many as there are
+    assert told["finished"]
+    assert told["certificate"]["solver"] == "local search"
+    assert told["provenance"]["command"] == (
+        "cacheplan refine uniform.json --profile profile.safetensors --limit 2"
+    )
+    assert not Path("refined.json.part").exists()
+    cacheplan("verify refined.json --prompts heldout.jsonl --limit 1")
+    refused = cacheplan(f"refine language.json {where}", 2)
+    assert "is for a language model, but the profile is of a diffusion model" in refused.stderr
+
+
 def test_show_maps_blocks_and_steps(folder: Path) -> None:
     shown = cacheplan("show uniform.json --png map.png").stdout
     plan = read_plan("uniform.json")

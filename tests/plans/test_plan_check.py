@@ -19,7 +19,6 @@ from cacheplan.types import (
     KVPlan,
     LagDifference,
     LowPassResidual,
-    Merge,
     Position,
     Precision,
     Site,
@@ -123,26 +122,6 @@ def other(target: str, action: Action, **place: int) -> Change:
         (
             action(0, losers="drop"),
             'entries[0].action.losers is "drop", expected one of evict, merge, demote, offload',
-        ),
-        (
-            action(0, losers="merge"),
-            'entries[0].action.merge is null, expected an object where losers is "merge"',
-        ),
-        (
-            action(0, merge=Merge()),
-            'entries[0].action.merge is "given", expected none where losers is "evict"',
-        ),
-        (
-            action(0, losers="merge", merge=Merge(to="best")),
-            'entries[0].action.merge.to is "best", expected one of nearest, similar',
-        ),
-        (
-            action(0, losers="merge", merge=Merge(sigma="one")),
-            'entries[0].action.merge.sigma is "one", expected one of distance, weights',
-        ),
-        (
-            action(0, losers="merge", merge=Merge(similarity=1.5)),
-            "entries[0].action.merge.similarity is 1.5, expected a number from -1 to 1",
         ),
         (
             action(0, share="layer"),

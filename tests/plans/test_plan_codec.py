@@ -84,7 +84,7 @@ def test_an_integer_passes_for_a_float_and_becomes_one() -> None:
         (
             Trigger,
             {"every": 1},
-            'x has the unknown field "every", expected decode_every; '
+            'x has the unknown field "every", expected decode_every, prefill_chunk, online; '
             "update cacheplan if the file is newer",
         ),
         (Action, {}, "x.kind is missing, expected one of kv, weight"),

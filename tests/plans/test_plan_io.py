@@ -302,7 +302,7 @@ CHANGED = "the file was changed after it was written, its digest no longer fits;
         ),
         (
             edit('"trigger": {}', '"trigger": {"every": 4}'),
-            'trigger has the unknown field "every", expected decode_every; '
+            'trigger has the unknown field "every", expected decode_every, prefill_chunk, online; '
             "update cacheplan if the file is newer",
         ),
         (

@@ -108,6 +108,7 @@ def test_profiles_are_complete(bench: Bench) -> None:
     spec, sites = bench.seen.spec, bench.profile.sites
     assert len(set(sites)) == len(sites)
     sizes = {"site": len(sites), "step": spec.steps, "lag": spec.steps, "probe": 1}
+    sizes["older"] = spec.steps
     sizes["channel"] = len(bench.table("channel_mean"))
     for name, found in bench.profile.statistics.items():
         assert found.mean.shape == tuple(sizes[axis] for axis in AXES[name]), name

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cacheplan.profilers.feature_moments import Moments
+from cacheplan.profilers.feature_moments import LineErrors, Moments
 from cacheplan.profilers.feature_observer import rows
 
 T, M, C = 9, 5, 4
@@ -53,6 +53,27 @@ def test_moments_are_those_of_all_values(lags: int, steps: list[int]) -> None:
     ):
         assert found.dtype == np.float64
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("lags", [1, 3, T - 1])
+@pytest.mark.parametrize("steps", [list(range(T)), [0, 1, 4, 5, 6, 8]])
+def test_lines_through_two_earlier_values(lags: int, steps: list[int]) -> None:
+    values = features()
+    F = values.double().numpy()
+    found = LineErrors(T, lags)
+    for step in steps:
+        found.add(step, values[step])
+    expected = np.zeros((T, lags + 1, lags + 1))
+    for t in steps:
+        expected[t, 0, 0] = np.abs(F[t]).mean()
+        near = [s for s in steps if 0 < t - s <= lags]
+        for j in near:
+            expected[t, t - j, 0] = np.abs(F[j] - F[t]).mean()
+            for i in (s for s in near if s < j):
+                line = F[j] + (t - j) / (j - i) * (F[j] - F[i])
+                expected[t, t - j, t - i] = np.abs(line - F[t]).mean()
+    np.testing.assert_allclose(found.l1, expected, rtol=1e-5, atol=1e-6)
+    assert len(found.recent) <= lags
 
 
 def test_only_the_newest_values_stay() -> None:

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
+from cacheplan.adapters.language import describe
 from cacheplan.plans.storage import divide
 from cacheplan.runtime import PlanCache, apply
 from cacheplan.runtime.mixed import MixedRows
@@ -54,7 +55,8 @@ ACTIONS: dict[str, Any] = {
             BASE,
             keep=0.3 + 0.2 * head + 0.1 * layer,
             scorer=KeyNorm() if head else WindowAttention(window=8),
-            **({"key": K4, "value": V2} if (layer + head) % 2 else {}),
+            key=K4 if (layer + head) % 2 else Precision(),
+            value=V2 if (layer + head) % 2 else Precision(),
         )
         for layer in range(3)
         for head in range(2)
@@ -168,10 +170,41 @@ def test_later_turns_padding_and_bytes_while_generating(
         for b, n in enumerate(lengths):
             alone = PlanCache(plan)
             tiny_llama(ids(n, seed=b), past_key_values=alone)
-            single = [tiny_llama(t, past_key_values=alone).logits for t in turn.split(1, 1)]
+            single = [tiny_llama(t, past_key_values=alone).logits for t in torch.split(turn, 1, 1)]
             torch.testing.assert_close(
                 torch.cat(logits, 1)[b], torch.cat(single, 1)[0], atol=2e-3, rtol=2e-3
             )
+
+
+def test_int8_products_of_a_cpu(make_plan: Any) -> None:
+    """Keys by token and values by channel: the numbers that are stored, in bfloat16 arithmetic."""
+    config = LlamaConfig(
+        vocab_size=97, hidden_size=128, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, eos_token_id=None,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    int8: dict[str, Any] = {"key": integer(8, "token"), "value": integer(8, "channel", 256)}
+    plan = make_plan(replace(BASE, keep=0.7, **int8), spec=describe(model, "wide"))
+    cache = PlanCache(plan)
+    with torch.no_grad():
+        with apply(model, plan):
+            model(ids(500), past_key_values=cache)
+            assert packed_lengths(cache) == [256] * 2
+            assert parts(cache, 0)[0].exact.lengths == [350 - 256] * 2
+        for step in range(3):
+            expected = dense_step(model, ids(1, seed=step), stored(cache), 500 + step)
+            with apply(model, plan):
+                found = model(ids(1, seed=step), past_key_values=cache).logits
+            torch.testing.assert_close(found, expected, atol=0.02, rtol=0.02)
+            assert cache.path == "int8 products in 2 layers"
+        with apply(model, plan):
+            for step in range(260):
+                assert cache.nbytes == cache.planned_bytes, step
+                model(ids(1), past_key_values=cache)
+            assert packed_lengths(cache) == [512] * 2
+            model(ids(4), past_key_values=cache)
+            cache.crop(-3)
+            assert cache.tokens == [500 + 3 + 260 + 1]
 
 
 @pytest.mark.parametrize("name", ["k4v4", "k2v2", "fp8", "separable", "demoted", "mixed heads"])
@@ -192,6 +225,12 @@ def parts(cache: PlanCache, layer: int) -> list[TieredRows]:
     rows = cache.planned_layers[layer].rows
     assert isinstance(rows, MixedRows)
     return [part for _, part in rows.parts if isinstance(part, TieredRows)]
+
+
+def packed_lengths(cache: PlanCache) -> list[int]:
+    high = parts(cache, 0)[0].high
+    assert high is not None
+    return high.lengths
 
 
 def test_what_is_packed_is_never_packed_again(tiny_llama: Any, make_plan: Any) -> None:

@@ -1,0 +1,126 @@
+"""docs/results.md, from the stored JSON of benchmarks: one function for each section.
+
+python benchmarks/results_page.py
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent
+PAGE = ROOT.parent / "docs" / "results.md"
+HEAD = """# Results
+
+This page is written by `python benchmarks/results_page.py` from `benchmarks/results/*.json`, where
+versions, commands and all numbers are.
+"""
+
+
+def diffusion_section(result: dict[str, Any]) -> str:
+    """Peers and plans on the embedded diffusion pipeline, by `benchmarks/peers/diffusion.py`."""
+    rows, prompts = result["rows"], result["prompts"]
+    versions = result["versions"]
+    budgets = list(dict.fromkeys(row["budget"] for row in rows))
+    cells = {(row["method"], row["budget"]): row for row in rows}
+    best: dict[float, list[str]] = {}
+    for budget in budgets:
+        found = result["summary"][f"{budget:g}"]
+        best[budget] = [found["best"], found["peer"]]
+    table = []
+    for method in dict.fromkeys(row["method"] for row in rows):
+        texts = []
+        for budget in budgets:
+            row = cells.get((method, budget))
+            text = _error(row) if row else "-"
+            texts.append(f"**{text}**" if method in best[budget] else text)
+        table.append([method, *texts])
+    at_half = {row["method"]: row for row in rows if row["budget"] == 0.5 and "error" in row}
+    costs = [
+        [
+            cost["method"],
+            f"{cost['compute']:.2f}",
+            f"{cost['time']:.2f}",
+            f"{cost['bytes'] / 2**20:.1f}",
+            *(_quality(at_half.get(cost["method"]))),
+        ]
+        for cost in result["costs"]
+    ]
+    left_out = [f"- {name}: {reason}" for name, reason in result["left_out"].items()]
+    heads = ["error of the final latent, PSNR", *(f"compute {b:g}" for b in budgets)]
+    cost_heads = ["one picture", "compute", "CPU time", "peak MiB", "SSIM", "distance"]
+    return "\n".join(
+        [
+            "## Diffusion: peers at equal compute",
+            "",
+            f"One pipeline (the embedded `shapes`, 30 steps, guidance 3.5), {prompts['heldout']} "
+            "held-out prompts, the same noise for all. Compute is FLOPs as torch counts them, over "
+            "those of the full run. Every knob of a peer "
+            f"(diffusers {versions['diffusers']}, cache-dit {versions['cache-dit']}) was swept on "
+            f"{prompts['tuning']} calibration prompts; the settings around each budget were "
+            "measured on held-out prompts and are interpolated log-linearly to the budget. Methods "
+            "that decide online were given one prompt at a time. Rows of cacheplan are plans at "
+            "their own compute, at most the budget. In brackets: 95 % bootstrap intervals over "
+            "prompts. Bold: the best plan and the best peer.",
+            "",
+            *_table(heads, table),
+            "",
+            _ahead(result["summary"]),
+            "",
+            "What a picture costs with the setting nearest to compute 0.5 (one thread; time over "
+            "that of the full run; peak of the memory that torch allocates), SSIM, and the "
+            "distance of all pictures from drawings of the same prompts, less that of the full "
+            "run's (KID's unbiased estimator on features of a fixed random network, described in "
+            "`benchmarks/peers/picture_metrics.py`):",
+            "",
+            *_table(cost_heads, costs),
+            "",
+            "Not measured:",
+            "",
+            *left_out,
+        ]
+    )
+
+
+def _error(row: dict[str, Any]) -> str:
+    if "error" not in row:
+        return "not reached"
+    number = f"{row['error']:.2g} [{row['low']:.2g}, {row['high']:.2g}]"
+    return f"{number}, {row['psnr']:.1f} dB"
+
+
+def _quality(row: dict[str, Any] | None) -> list[str]:
+    return [f"{row['ssim']:.4f}", f"{row['distance']:.3f}"] if row else ["-", "-"]
+
+
+def _ahead(summary: dict[str, Any]) -> str:
+    parts = [
+        f"{found['ratio']:.2f} [{found['low']:.2f}, {found['high']:.2f}] at {budget} "
+        f"({found['best']} against {found['peer']})"
+        for budget, found in summary.items()
+    ]
+    return f"Error of the best plan over that of the best peer: {'; '.join(parts)}."
+
+
+def _table(heads: list[str], rows: list[list[str]]) -> list[str]:
+    return [f"| {' | '.join(line)} |" for line in (heads, ["---"] * len(heads), *rows)]
+
+
+SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "peers_diffusion.json": diffusion_section,
+}
+
+
+def main() -> None:
+    found = [HEAD]
+    for name, section in SECTIONS.items():
+        path = ROOT / "results" / name
+        if path.exists():
+            found.append(section(json.loads(path.read_text(encoding="utf-8"))) + "\n")
+    PAGE.write_text("\n".join(found), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+"""What a language model's profile says: statistics, checked, and what follows from them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cacheplan.errors import InputError, ProfileError
+from cacheplan.types import KVAction, KVProfile
+
+Floats = NDArray[np.float64]
+_NEEDS = {  # what a statistic is measured with, where that is not always the case
+    "ablation_kl": " with --ablate 8",
+    "ablation_damage": " with --ablate 8",
+    "block_distance": " with --ablate 8",
+    "retrieval_score": ' with prompts that have "answers" whose words occur in the context',
+}
+
+
+def statistic(profile: KVProfile, name: str) -> Floats:
+    """The mean of a statistic; raises ProfileError if it is absent or not usable."""
+    if name not in profile.statistics:
+        raise ProfileError(
+            f'The profile has no statistic "{name}": run `cacheplan profile` again'
+            f"{_NEEDS.get(name, '')}."
+        )
+    mean = profile.statistics[name].mean
+    if not np.isfinite(mean).all() or (mean < 0).any():
+        raise ProfileError(
+            f'The statistic "{name}" holds NaN or negative numbers: run `cacheplan profile` again.'
+        )
+    return mean
+
+
+def context_length(profile: KVProfile) -> int:
+    """Mean length of the contexts, in tokens."""
+    return round(float(statistic(profile, "context_length")))
+
+
+def sensitivity(profile: KVProfile) -> Floats:
+    """Divergence of the model per unit of a head's damage, `[L, K]`.
+
+    The ratio of what ablating the head does to the model's output (KL) and to the head's own
+    output, both summed over prompts and probes.
+    """
+    divergence = statistic(profile, "ablation_kl").sum(-1)
+    damage = statistic(profile, "ablation_damage").sum(-1)
+    weight: Floats = divergence / np.maximum(damage, 1e-12)
+    return weight
+
+
+def measured(profile: KVProfile, action: KVAction) -> bool:
+    """Whether the profile measured `action`, whatever its `keep`."""
+    return replace(action, keep=1.0) in profile.candidates
+
+
+def candidate_index(profile: KVProfile, action: KVAction) -> int:
+    """Where the profile measured `action`, whatever its `keep`; InputError if it did not."""
+    if not measured(profile, action):
+        raise InputError(
+            f'The profile did not measure the scorer "{action.scorer.name}" as this recipe uses '
+            "it: run `cacheplan profile` again with this release."
+        )
+    return profile.candidates.index(replace(action, keep=1.0))
+
+
+def damage_at(profile: KVProfile, action: KVAction, keep: float) -> Floats:
+    """Damage `[L, K]` of every head when `action` keeps the share `keep`, interpolated linearly."""
+    curves = statistic(profile, "damage")[:, :, candidate_index(profile, action)]  # [L, K, G]
+    found: Floats = np.apply_along_axis(
+        lambda curve: np.interp(keep, profile.keeps, curve), -1, curves
+    )
+    return found
