@@ -101,8 +101,8 @@ def _share(plan: KVPlan, lengths: list[int]) -> float:
 def _line(row: dict[str, Any]) -> str:
     predicted = row["predicted_kl"]
     return (
-        f"{row['budget']:<4} {row['recipe']:9} bytes {row['bytes']:.3f} KL {row['kl']:.5f} "
-        f"predicted {'-' if predicted is None else f'{predicted:.5f}'} recall {row['recall']:.3f}"
+        f"{row['budget']:<4} {row['recipe']:9} bytes {row['bytes']:.3f} KL {row['kl']:.2g} "
+        f"predicted {'-' if predicted is None else f'{predicted:.2g}'} recall {row['recall']:.3f}"
     )
 
 
@@ -130,7 +130,7 @@ def table(rows: list[dict[str, Any]]) -> Table:
         cells = []
         for budget in BUDGETS:
             found = [r for r in rows if r["recipe"] == name and r["budget"] == budget]
-            cells += [f"{r['kl']:.5f}  {r['recall']:.0%}" for r in found] or ["-"]
+            cells += [f"{r['kl']:.2g}  {r['recall']:.0%}" for r in found] or ["-"]
         shown.add_row(name, *cells)
     return shown
 

@@ -6,11 +6,16 @@ python benchmarks/results_page.py
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent
+sys.path.insert(0, str(ROOT / "peers"))
+
+from kv_report import damage_lines, fixed_sizes  # noqa: E402
+
 PAGE = ROOT.parent / "docs" / "results.md"
 HEAD = """# Results
 
@@ -104,11 +109,95 @@ def _ahead(summary: dict[str, Any]) -> str:
     return f"Error of the best plan over that of the best peer: {'; '.join(parts)}."
 
 
+def kv_section(result: dict[str, Any]) -> str:
+    """Peers and plans on the embedded language model, by `benchmarks/peers/kv.py`."""
+    rows, decode = result["rows"], result["decode"]
+    peers = ", ".join(f"{name} {version}" for name, version in result["peers"].items())
+    whole = [
+        f"{arm} {kept} of the bytes, {damage}" for arm, kept, damage in fixed_sizes(rows, "after")
+    ]
+    full = decode["arms"]["full"]["bytes_after_a_step"]
+    steps = [
+        [name, f"{arm['ms']:.1f}", f"{arm['bytes_after_a_step'] / full:.2f}"]
+        for name, arm in sorted(decode["arms"].items(), key=lambda item: float(item[1]["ms"]))
+    ]
+    absent = [
+        f"- {name}: {why}" for name, why in {**result["refused"], **result["not_run"]}.items()
+    ]
+    left_out = f" Left out of this run: {', '.join(result['left_out'])}." * bool(result["left_out"])
+    return "\n".join(
+        [
+            "## KV caches: peers at equal bytes",
+            "",
+            f"One model (the embedded `recall`), {result['prompts']} held-out prompts of some 400 "
+            f"tokens, the same for all arms ({peers} on transformers "
+            f"{result['versions']['transformers']}). The context is compressed once; then the true "
+            "continuation is read and every next token compared with the full cache's. KL in nats "
+            "per token, and how many answers are right. Bytes are those of a 16-bit model, scales "
+            "and zeros included. kvpress' methods per head mask keys that stay stored: their rows "
+            'say "all" and hold the whole cache in memory. Rows "of both" are a peer\'s scores '
+            "under our shares of layers or heads. Plans were solved and refined on calibration "
+            "prompts only. DuoAttention's heads are scored on the calibration texts in place of "
+            "BookSum, and keep 4 sinks and as many recent tokens as fit instead of 128 and 256; "
+            "KVzip asks for a repetition in words that this model does not know. Bold: the least "
+            f"KL.{left_out}",
+            "",
+            "Questions after the context, unknown when it is compressed:",
+            "",
+            *_table(*damage_lines(rows, "after")),
+            "",
+            f"Caches in few bits that keep all tokens: {'; '.join(whole)}.",
+            "",
+            _kv_ahead(result["goals"], "after"),
+            "",
+            "The first question inside the context, up to its last word (one answer per prompt):",
+            "",
+            *_table(*damage_lines(rows, "inside")),
+            "",
+            _kv_ahead(result["goals"], "inside"),
+            "",
+            f"One decode step after {decode['context']} tokens at budget {decode['budget']:g} (ms "
+            "of the thread's CPU time; a model this small shows what the runtimes cost, not what "
+            "memory traffic saves), and the bytes stored after the first step, over those of the "
+            "full cache (plans take room for 64 more tokens per head at once):",
+            "",
+            *_table(["arm", "ms per token", "stored"], steps),
+            "",
+            *_remarks(result["notes"]),
+            "",
+            "Not run:",
+            "",
+            *absent,
+        ]
+    )
+
+
+def _remarks(notes: dict[str, str]) -> list[str]:
+    """Every note once, with the arms it is about."""
+    texts = dict.fromkeys(notes.values())
+    return [f"- {', '.join(arm for arm in notes if notes[arm] == text)}: {text}" for text in texts]
+
+
+def _kv_ahead(goals: list[dict[str, Any]], setting: str) -> str:
+    parts = [
+        f"{goal['ratio']:.2g} [{goal['interval'][0]:.2g}, {goal['interval'][1]:.2g}] at "
+        f"{goal['budget']:g} by bytes {goal['bytes']} ({goal['ours']} against {goal['peer']}"
+        f"{', both below 1e-4 nats' if goal['negligible'] else ''})"
+        for goal in goals
+        if goal["setting"] == setting
+    ]
+    return (
+        "KL of our best row over that of the best peer whose bytes fit the budget, with 95 % "
+        f"bootstrap intervals over prompts: {'; '.join(parts)}."
+    )
+
+
 def _table(heads: list[str], rows: list[list[str]]) -> list[str]:
     return [f"| {' | '.join(line)} |" for line in (heads, ["---"] * len(heads), *rows)]
 
 
 SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "peers_kv.json": kv_section,
     "peers_diffusion.json": diffusion_section,
 }
 

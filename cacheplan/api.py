@@ -88,6 +88,7 @@ def profile(
     processes: Processes = ALONE,
     placement: Placement | None = None,
     bits: bool = True,
+    recipes: Sequence[str] | None = None,
 ) -> Profile | None:
     """Measure a model on calibration prompts and write the profile to `out`.
 
@@ -98,11 +99,12 @@ def profile(
 
     `family` is "language" or "diffusion"; a folder tells by itself.  The first `ablate` prompts
     (8, or 2 in diffusion) are run again with one thing cached at a time.  For language models,
-    `split` is the share of a plain text that is context (0.8), and without `bits` nothing is
-    measured that only recipes in few bits need.  For diffusion models, `settings`
-    are those of the pipeline's call (`{"num_inference_steps": 30}`), features are compared up to
-    `lags` steps back (16) at up to `tokens` tokens (512).  A language model too large for one
-    device is divided over several by `placement`.
+    `split` is the share of a plain text that is context (0.8), and only what `planned` and the
+    named `recipes` need is measured (["all"]: everything; None: all but what needs passes of its
+    own), in few bits only with `bits`.  For diffusion models, `settings` are those of the
+    pipeline's call (`{"num_inference_steps": 30}`), features are compared up to `lags` steps back
+    (16) at up to `tokens` tokens (512).  A language model too large for one device is divided over
+    several by `placement`.
     """
     common: dict[str, Any] = {
         "out": out,
@@ -124,9 +126,10 @@ def profile(
     if family_of(model, family) == LanguageSpec.family:
         _only("diffusion", settings=settings or None, lags=lags, tokens=tokens)
         return language.profile_language(
-            model, split=split, placement=placement, bits=bits, **common
+            model, split=split, placement=placement, bits=bits, recipes=recipes, **common
         )
-    _only("language", split=split, device_map=placement, bits=None if bits else False)
+    few = None if bits else False
+    _only("language", split=split, device_map=placement, bits=few, recipe=recipes)
     return diffusion.profile_features(
         model, settings=settings or {}, lags=lags, tokens=tokens, **common
     )

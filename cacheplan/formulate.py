@@ -12,7 +12,7 @@ from cacheplan.formulate_layers import division, split
 from cacheplan.plans.rows import row_bytes
 from cacheplan.plans.storage import bare, in_few_bits
 from cacheplan.readings import candidate_index, measured, sensitivity, statistic
-from cacheplan.readings_bits import FewBits
+from cacheplan.readings_bits import predicted_bits
 from cacheplan.types import (
     Budget,
     Entry,
@@ -38,16 +38,11 @@ def predict(profile: KVProfile, entries: tuple[Entry, ...]) -> float | None:
     measure what is done: heads that rank for their layer are known only after profiling.
     """
     damage, weight = statistic(profile, "damage"), sensitivity(profile)
-    few = FewBits(profile) if profile.keys else None
+    if any(isinstance(e.action, KVAction) and in_few_bits(e.action) for e in entries):
+        return predicted_bits(profile, entries)
     total = 0.0
     for entry in entries:
         assert isinstance(entry.action, KVAction)
-        if in_few_bits(entry.action):
-            if few is None or not few.measured(entry.action):
-                return None
-            kl = few.kl(entry.action)[profile.model.planned.index(entry.site.layer)]
-            total += float(kl.sum() if entry.site.head is None else kl[entry.site.head])
-            continue
         if not measured(profile, entry.action):
             return None
         a = candidate_index(profile, entry.action)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -55,6 +56,7 @@ def profile_language(
     processes: Processes,
     placement: Placement | None,
     bits: bool,
+    recipes: Sequence[str] | None,
 ) -> KVProfile | None:
     """Measure a language model and write its profile; see `cacheplan.api.profile`."""
     import torch
@@ -66,9 +68,10 @@ def profile_language(
     from cacheplan.profilers.collect import collect
     from cacheplan.profilers.prompts import digest
     from cacheplan.profilers.settings import KVSettings
-    from cacheplan.recipes import RECIPES, candidates_for
+    from cacheplan.recipes import candidates_for, rows_to_measure
     from cacheplan.recipes.bits import demoting, joint_checks, measured_precisions
 
+    rows = rows_to_measure(recipes)
     ablated = ABLATE if ablate is None else ablate
     check_division(shard, ablated, processes)
     loaded = load(model, device=device, dtype=dtype, placement=placement)
@@ -81,18 +84,18 @@ def profile_language(
     pictured = any(text.images is not None for text in texts)
     candidates = tuple(
         c
-        for c in candidates_for(loaded.spec)
+        for c in candidates_for(loaded.spec, rows)
         if (known or not needs_rotary(c.scorer))
         and probe_fits(loaded.model, c.scorer, longest)
         and not (pictured and isinstance(c.scorer, ProbeAttention))
     )
-    keys, values = measured_precisions(RECIPES.values(), loaded.spec) if bits else ((), ())
+    keys, values = measured_precisions(rows, loaded.spec) if bits else ((), ())
     settings = KVSettings(
         model=loaded.spec,
         keys=keys,
         values=values,
-        demoted=demoting(RECIPES.values(), candidates) if bits else (),
-        joint=joint_checks(candidates) if bits else (),
+        demoted=demoting(rows, candidates) if bits else (),
+        joint=joint_checks(candidates) if bits and keys else (),
         candidates=candidates,
         keeps=KEEPS,
         probes=_probes(candidates),

@@ -61,7 +61,7 @@ def candidate_index(profile: KVProfile, action: KVAction) -> int:
     if not measured(profile, action):
         raise InputError(
             f'The profile did not measure the scorer "{action.scorer.name}" as this recipe uses '
-            "it: run `cacheplan profile` again with this release."
+            "it: run `cacheplan profile` again with --recipe and the recipe's name."
         )
     return profile.candidates.index(replace(action, keep=1.0))
 

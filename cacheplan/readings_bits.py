@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -18,7 +19,7 @@ from cacheplan.plans.storage import (
     tier_bytes,
 )
 from cacheplan.readings import Floats, candidate_index, context_length, sensitivity, statistic
-from cacheplan.types import KVAction, KVProfile, LanguageSpec, Precision, Tier
+from cacheplan.types import Entry, KVAction, KVProfile, LanguageSpec, Precision, Tier
 
 Integers = NDArray[np.int64]
 ELEMENT_BYTES = 2  # budgets count the cache as 16-bit numbers
@@ -40,8 +41,8 @@ class FewBits:
         """ProfileError for a profile without bits; damage instead of KL unless `weighed`."""
         if not profile.keys:
             raise ProfileError(
-                "The profile did not measure few bits: run `cacheplan profile` again without "
-                "--no-bits, for a model whose heads have a multiple of 4 channels."
+                "The profile did not measure few bits: run `cacheplan profile` again with "
+                "--recipe joint, for a model whose heads have a multiple of 4 channels."
             )
         self.profile, self.length = profile, context_length(profile)
         self.evicted = statistic(profile, "damage")
@@ -144,14 +145,29 @@ class FewBits:
         return found
 
 
+def predicted_bits(profile: KVProfile, entries: Sequence[Entry]) -> float | None:
+    """Predicted KL of a plan of which some entries have few bits; None if not all was measured."""
+    if not profile.keys:
+        return None
+    few, total = FewBits(profile), 0.0
+    for entry in entries:
+        assert isinstance(entry.action, KVAction)
+        if not few.measured(entry.action):
+            return None
+        kl = few.kl(entry.action)[profile.model.planned.index(entry.site.layer)]
+        total += float(kl.sum() if entry.site.head is None else kl[entry.site.head])
+    return total
+
+
 def sums_checked(profile: KVProfile) -> list[tuple[KVAction, float]]:
     """The actions measured as a whole, and their damage over what the planner adds up for it."""
     few = FewBits(profile, weighed=False)
-    found = statistic(profile, "joint_damage") if profile.joint else np.empty((0, 0, 0))
-    added = [max(float(few.kl(action).sum()), _TINY) for action in profile.joint]
-    return [
-        (action, float(found[..., j].sum()) / added[j]) for j, action in enumerate(profile.joint)
-    ]
+    checked = []
+    for j, action in enumerate(profile.joint):
+        if few.measured(action):
+            whole = float(statistic(profile, "joint_damage")[..., j].sum())
+            checked.append((action, whole / max(float(few.kl(action).sum()), _TINY)))
+    return checked
 
 
 def byte_share(action: KVAction, spec: LanguageSpec, length: int) -> float:

@@ -39,6 +39,7 @@ from cacheplan.profilers.store import ProfileState
 Progress = Callable[[int, int, str], None]
 
 _REPLAYED = 8  # ablations that go through the model in one batch
+_COARSE = 2  # of the prompts that are ablated, one in so many is by few bits too
 
 
 def collect(
@@ -71,16 +72,25 @@ def collect(
             if progress:
                 progress(len(state.done), total, "ablating heads" if ablate else "measuring damage")
             probes = settings.probes if ablate else ()
-            state.add(index, measure(model, prompts[index], menu, probes))
+            coarse = index % _COARSE == 0
+            state.add(index, measure(model, prompts[index], menu, probes, coarse=coarse))
             save(state)
     if progress:
         progress(total, total, "done")
 
 
 def measure(
-    model: Any, prompt: Prompt, menu: Menu, probes: Sequence[tuple[int, int]]
+    model: Any,
+    prompt: Prompt,
+    menu: Menu,
+    probes: Sequence[tuple[int, int]],
+    *,
+    coarse: bool = True,
 ) -> dict[str, NDArray[np.float64]]:
-    """Measure one prompt; the keys are the statistics of `cacheplan.types.KVProfile`."""
+    """Measure one prompt; the keys are the statistics of `cacheplan.types.KVProfile`.
+
+    Where heads are ablated, also by few bits if `coarse`.
+    """
     C = len(prompt.context)
     ids = torch.tensor([prompt.context + prompt.continuation], device=input_device(model))
     records: dict[int, LayerRecord] = {}
@@ -114,12 +124,12 @@ def measure(
     if pictured is not None:
         found["image_share"] = np.array(float(pictured.double().mean()))
     if probes:
-        found |= _ablate(model, ids, prompt, records, probes, menu.bits)
+        found |= _ablate(model, ids, prompt, records, probes, menu.bits if coarse else None)
         damage = found["damage"]
         found["ablation_damage"] = np.stack([damage[:, :, a, g] for a, g in probes], axis=-1)
-        if menu.bits is not None:
-            coarse = found["key_damage"][:, :, -1], found["value_damage"][:, :, -1]
-            found["coarse_damage"] = np.stack(coarse, axis=-1)
+        if menu.bits is not None and coarse:
+            coarsest = found["key_damage"][:, :, -1], found["value_damage"][:, :, -1]
+            found["coarse_damage"] = np.stack(coarsest, axis=-1)
     return found
 
 

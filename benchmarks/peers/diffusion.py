@@ -254,11 +254,15 @@ def compare(
 def _chosen(
     plans: dict[tuple[str, float], FeaturePlan], tuned: Callable[[tuple[str, float]], float]
 ) -> set[tuple[str, float]]:
-    """`planned`, `uniform`, and at each budget the recipe that is best on tuning prompts."""
+    """`planned`, `uniform`, and at each budget the recipe that is best on tuning prompts.
+
+    Online recipes are none of them: their compute is an expectation.
+    """
     always = ("planned", "uniform")
     found = {key for key in plans if key[0] in always}
     for budget in BUDGETS:
-        others = [key for key in plans if key[1] == budget and key[0] not in always]
+        others = [key for key, plan in plans.items() if key[1] == budget and plan.gate is None]
+        others = [key for key in others if key[0] not in always]
         others.sort(key=lambda key: _predicted(plans[key]))
         found.add(min(others[:TUNED], key=tuned))
     return found

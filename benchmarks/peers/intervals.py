@@ -24,7 +24,8 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float]:
 def ratio_interval(above: Sequence[float], below: Sequence[float]) -> tuple[float, float]:
     """The interval of mean(above) / mean(below), both measured on the same prompts in order."""
     drawn = resamples(len(above))
-    return _interval(np.asarray(above)[drawn].mean(1) / np.asarray(below)[drawn].mean(1))
+    divisors = np.maximum(np.asarray(below)[drawn].mean(1), np.finfo(np.float64).tiny)
+    return _interval(np.asarray(above)[drawn].mean(1) / divisors)
 
 
 def _interval(found: NDArray[np.float64]) -> tuple[float, float]:

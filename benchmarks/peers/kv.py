@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from kv_ours import SHOWN, profile_at
-from kv_report import fixed, goals, lines, rows
+from kv_report import damage_lines, fixed_sizes, goals, rows
 from kv_worker import Task
 from rich.console import Console
 from rich.table import Table
@@ -67,6 +67,7 @@ def main() -> None:
             context=CONTEXT,
             budgets=options.budgets,
             ours=options.ours,
+            without=options.without,
             plans=str(plans),
             minutes=0.65 * options.minutes,  # ours have fewer arms, and as many prompts
         )
@@ -86,6 +87,7 @@ def main() -> None:
         **environment(),
         "peers": {name: version for name, version in installed_versions(*PEERS) if name in PEERS},
         "prompts": prompts,
+        "left_out": options.without,
         "kl_of_the_full_cache_under_kvpress": patched,
         "goals": goals(made, scores, prompts),
         "rows": made,
@@ -110,6 +112,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--prompts", type=int, default=200)
     parser.add_argument("--budgets", type=float, nargs="+", default=BUDGETS)
     parser.add_argument("--ours", nargs="+", default=list(SHOWN), help="recipes, each also refined")
+    parser.add_argument("--without", nargs="+", default=[], help="arms to leave out, by name")
     parser.add_argument(
         "--minutes", type=float, default=float("inf"), help="no prompt begins later"
     )
@@ -179,12 +182,12 @@ def _text(path: Path | None) -> str | None:
 def _print(found: dict[str, Any]) -> None:
     console = Console(width=170)
     for setting in dict.fromkeys(row["setting"] for row in found["rows"]):
-        heads, cells = lines(found["rows"], setting)
+        heads, cells = damage_lines(found["rows"], setting)
         shown = Table(*heads, title=f"question {setting} the context, {found['prompts']} prompts")
         for row in cells:
             shown.add_row(*(text.replace("**", "") for text in row))
         console.print(shown)
-        for row in fixed(found["rows"], setting):
+        for row in fixed_sizes(found["rows"], setting):
             console.print("all tokens:", *row)
     for goal in found["goals"]:
         low, high = goal["interval"]

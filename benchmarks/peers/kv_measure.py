@@ -135,11 +135,14 @@ def timed(model: Any, arm: Arm, prompt: Prompt, steps: int) -> tuple[float, int]
 
 
 def continued(model: Any, cache: Any, prompt: Prompt, every: int | None, start: int = 0) -> Tensor:
-    """Logits `[T - 1 - start, V]` of the continuation, `every` tokens in a call."""
-    end = len(prompt.continuation) - 1
+    """Logits `[T - 1 - start, V]` of the continuation, at most `every` tokens in a call."""
+    end, logits = len(prompt.continuation) - 1, list[Tensor]()
     step = every or end
-    parts = ((at, min(at + step, end)) for at in range(start, end, step))
-    return torch.cat([_following(model, cache, prompt, *part) for part in parts])
+    while start < end:
+        until = min((start // step + 1) * step, end)  # the first step may have begun already
+        logits.append(_following(model, cache, prompt, start, until))
+        start = until
+    return torch.cat(logits)
 
 
 def _following(model: Any, cache: Any, prompt: Prompt, start: int, end: int) -> Tensor:

@@ -26,7 +26,6 @@ SHOWN = (
     "planned",
     f"planned{REFINED}",
     "joint",
-    f"joint{REFINED}",
     "snapkv",
     "keydiff",
     "adakv",
@@ -48,12 +47,13 @@ def our_arms(
     for name in names:
         file = plans / f"{name.replace(' ', '_')}-{budget:g}.json"
         try:
-            plan = read_plan(file) if file.exists() else _solved(profile, budget, name, model)
+            plan = read_plan(file) if file.exists() else None
+            if not isinstance(plan, KVPlan) or plan.provenance.profile != profile.digest:
+                plan = _solved(profile, budget, name, model)
+                write_plan(plan, file)
         except CacheplanError as error:
             refused[name] = str(error)
             continue
-        assert isinstance(plan, KVPlan)
-        write_plan(plan, file)
         arms.append(_planned(name, plan))
     return arms, refused
 

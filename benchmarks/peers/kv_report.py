@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterable
 from statistics import fmean
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from intervals import mean_interval, ratio_interval
 
 GOAL = 1 / 3  # our KL as a share of the best peer's
+NEGLIGIBLE = 1e-4  # nats: where both are below, the ratio says nothing
 OURS, BOTH = "cacheplan", "both"
 Scores = dict[str, list[dict[str, float]]]  # by JSON of [setting, budget, family, arm]
 
@@ -78,15 +80,16 @@ def goals(made: list[dict[str, Any]], scores: Scores, prompts: int) -> list[dict
                         "bytes": bytes_of,
                         "ours": ours["arm"],
                         "peer": peer["arm"],
-                        "ratio": ours["kl"] / peer["kl"],
+                        "ratio": ours["kl"] / max(peer["kl"], sys.float_info.min),
                         "interval": list(ratio),
                         "reached": ours["kl"] <= GOAL * peer["kl"],
+                        "negligible": max(ours["kl"], peer["kl"]) < NEGLIGIBLE,
                     }
                 )
     return found
 
 
-def lines(made: list[dict[str, Any]], setting: str) -> tuple[list[str], list[list[str]]]:
+def damage_lines(made: list[dict[str, Any]], setting: str) -> tuple[list[str], list[list[str]]]:
     """Heads and cells of one setting's table: KL and recall of every arm at every budget."""
     here = [row for row in made if row["setting"] == setting]
     budgets = list(dict.fromkeys(row["budget"] for row in here if row["budget"] is not None))
@@ -101,7 +104,7 @@ def lines(made: list[dict[str, Any]], setting: str) -> tuple[list[str], list[lis
     return ["KL, recall", "of", *(f"keep {b:g}" for b in budgets), "stores"], table
 
 
-def fixed(made: list[dict[str, Any]], setting: str) -> list[list[str]]:
+def fixed_sizes(made: list[dict[str, Any]], setting: str) -> list[list[str]]:
     """Arm, share of the bytes, KL and recall of the caches that keep all tokens."""
     return [
         [row["arm"], f"{row['stored']:.3f}", _cell(row, -1.0)]

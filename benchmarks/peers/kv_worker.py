@@ -50,6 +50,7 @@ class Task:
     context: int
     budgets: list[float]
     ours: list[str]
+    without: list[str]
     plans: str
     minutes: float
     steps: int = 0
@@ -63,7 +64,11 @@ def main() -> None:
     profile = api.load_profile(Path(task.profile))
     assert isinstance(profile, KVProfile)
     refused = dict[str, str]()
-    arms = list(_arms(task, profile, loaded.tokenizer, refused))
+    arms = [
+        (budget, arm)
+        for budget, arm in _arms(task, profile, loaded.tokenizer, refused)
+        if arm.name not in task.without
+    ]
     prompts = prompts_of(
         Path(task.file) if task.file else None, loaded.tokenizer, task.prompts, task.context
     )

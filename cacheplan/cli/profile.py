@@ -83,6 +83,16 @@ def profile(
         int | None,
         typer.Option(metavar="N", help="Tokens of a picture that are compared (512)."),
     ] = None,
+    recipe: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--recipe",
+            "-r",
+            metavar="NAME",
+            help="Measure only for planned and these (may be repeated), which is faster, or for "
+            '"all"; if not given, for all that need no passes of their own.',
+        ),
+    ] = None,
     bits: Annotated[
         bool,
         typer.Option(help="Also measure keys and values in few bits (a third more time)."),
@@ -110,6 +120,7 @@ def profile(
     Examples:
       cacheplan profile
       cacheplan profile --family diffusion
+      cacheplan profile --recipe planned
       cacheplan profile Qwen/Qwen2.5-0.5B --prompts texts.txt --limit 32
       cacheplan profile ./PixArt-XL-2-512x512 --prompts pictures.txt --steps 20 --guidance 4.5
       cacheplan profile --shard 0/2 --out part0.safetensors
@@ -139,6 +150,7 @@ def profile(
                 progress=report,
                 processes=processes,
                 bits=bits,
+                recipes=recipe or None,
                 placement=placement_of(device_map, max_memory, offload_folder),
             )
     if not first:

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
 from cacheplan.errors import InputError
 from cacheplan.recipes.features import FEATURE_RECIPES
-from cacheplan.recipes.kv import CANDIDATES, RECIPES, candidates_for, seeing, while_decoding
+from cacheplan.recipes.kv import (
+    CANDIDATES,
+    RECIPES,
+    candidates_for,
+    costly,
+    seeing,
+    while_decoding,
+)
 from cacheplan.types import FeatureRecipe, KVRecipe
 
 __all__ = [
@@ -18,6 +25,7 @@ __all__ = [
     "candidates_for",
     "find_feature_recipe",
     "find_recipe",
+    "rows_to_measure",
     "seeing",
     "while_decoding",
 ]
@@ -28,6 +36,18 @@ R = TypeVar("R")
 def find_recipe(name: str) -> KVRecipe:
     """Look a language model's recipe up; raises InputError naming the closest or all of them."""
     return _find(name, RECIPES, FEATURE_RECIPES, "diffusion")
+
+
+def rows_to_measure(names: Sequence[str] | None) -> list[KVRecipe]:
+    """The rows that a profile serves: planned and those named, or "all".
+
+    None takes all but those that need passes of their own.  Raises InputError for unknown names.
+    """
+    if names is None:
+        return [row for row in RECIPES.values() if not costly(row)]
+    if list(names) == ["all"]:
+        return list(RECIPES.values())
+    return [find_recipe(name) for name in dict.fromkeys(["planned", *names])]
 
 
 def find_feature_recipe(name: str) -> FeatureRecipe:

@@ -142,7 +142,6 @@ BIT_ROWS = (
 _CHECKED = (
     replace(_SNAPKV, keep=0.3, key=K4, value=V4),
     replace(_SHORT, keep=0.5, key=K2_FINE, value=V2),
-    replace(_UNLIKE, keep=0.2, key=K4, value=V2),
     replace(_SNAPKV, keep=0.2, key=K8, value=V8, losers="demote", low=Tier(key=K2, value=V2)),
     replace(_UNLIKE, keep=0.4, key=K4, value=V4, losers="demote", low=Tier(key=K2_FINE, value=V2)),
 )
@@ -153,17 +152,18 @@ def measured_precisions(
 ) -> tuple[tuple[Precision, ...], tuple[Precision, ...]]:
     """Every precision of keys, and of values, that a recipe may give to this model.
 
-    The coarsest of the planner's come last, as `KVProfile` wants it.  None at all where codes of
-    2 bits do not fill bytes.
+    The coarsest of the planner's come last, as `KVProfile` wants it.  None at all for recipes
+    without few bits, and where codes of 2 bits do not fill bytes.
     """
-    if model.key_width % 4 or model.value_width % 4:
-        return (), ()
     tiers = []
     for recipe in recipes:
         tiers += [*recipe.formats, *(tier for pair in recipe.demotions for tier in pair)]
         for action in recipe.candidates:
             tiers += [Tier(key=action.key, value=action.value)]
             tiers += [action.low] if action.low is not None else []
+    few = any(packed(tier.key) or packed(tier.value) for tier in tiers)
+    if not few or model.key_width % 4 or model.value_width % 4:
+        return (), ()
     found = []
     for own, last in (
         ([tier.key for tier in tiers], K2_FINE),
@@ -176,8 +176,11 @@ def measured_precisions(
 
 def demoting(recipes: Iterable[KVRecipe], candidates: tuple[KVAction, ...]) -> tuple[int, ...]:
     """Indices of the candidates whose losers a recipe may demote."""
-    rows = [bare(a) for recipe in recipes for a in recipe.candidates if a.low is not None]
-    return tuple(candidates.index(a) for a in dict.fromkeys((*_DEMOTING, *rows)) if a in candidates)
+    found: list[KVAction] = []
+    for recipe in recipes:
+        found += _DEMOTING if recipe.demotions else ()
+        found += [bare(action) for action in recipe.candidates if action.low is not None]
+    return tuple(candidates.index(a) for a in dict.fromkeys(found) if a in candidates)
 
 
 def joint_checks(candidates: tuple[KVAction, ...]) -> tuple[KVAction, ...]:

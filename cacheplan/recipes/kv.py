@@ -5,6 +5,7 @@ The free product of the cells is what `planned` searches; the rows reproduce pap
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 from cacheplan.plans.storage import bare
@@ -310,9 +311,15 @@ _BEFORE_IMAGES = tuple(
 )
 
 
-def candidates_for(model: LanguageSpec) -> tuple[KVAction, ...]:
-    """Every candidate of the table, and those that only models with images have."""
-    return CANDIDATES if model.image_token is None else (*CANDIDATES, *_BEFORE_IMAGES)
+def candidates_for(model: LanguageSpec, rows: Iterable[KVRecipe]) -> tuple[KVAction, ...]:
+    """Every candidate of these rows, and those that only models with images have."""
+    own = tuple(dict.fromkeys(bare(c) for row in rows for c in row.candidates))
+    return own if model.image_token is None else (*own, *_BEFORE_IMAGES)
+
+
+def costly(row: KVRecipe) -> bool:
+    """Whether measuring takes passes of its own, as merged tokens and probes do."""
+    return any(c.merge is not None or isinstance(c.scorer, ProbeAttention) for c in row.candidates)
 
 
 def seeing(recipe: KVRecipe, model: LanguageSpec) -> KVRecipe:

@@ -141,7 +141,7 @@ class Budget:
     steps.  `asked` is the user's own text ("0.2", "2GiB", "512tok", "3.2bits").  `reached` is
     the fraction the plan uses.  In language models absolute budgets hold at `length` tokens and
     below; `max_rows` is then the number of (layer, head, token) rows that is never exceeded,
-    however long the prompt.
+    however long the prompt; not where some rows have few bits, so that their bytes differ.
     """
 
     asked: str

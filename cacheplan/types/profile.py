@@ -54,7 +54,8 @@ class KVProfile:
     but what would be evicted has keys, or values, in the last of the precisions.
     `joint_damage` `[L, K, J]`: damage of the actions `joint` as the runtime stores them.
     `coarse_kl`, `coarse_damage` `[L, K, 2]`: divergence of the model and damage when this head
-    alone has all keys, or values, in the last of the precisions; on the first few prompts.
+    alone has all keys, or values, in the last of the precisions; on every second of the prompts
+    that are ablated.  Damage in few bits is that of every other query, without a rhythm.
 
     `keeps` are the G fractions in ascending order, `candidates` the A actions (their own `keep`
     is 1.0 and without meaning).

@@ -126,7 +126,8 @@ def test_image_statistics_are_those_of_the_attention(
 def test_only_models_that_see_choose_text_before_images(profile: KVProfile) -> None:
     protected = [c for c in profile.candidates if c.protect_text]
     assert protected
-    assert not any(c.protect_text for c in candidates_for(replace(profile.model, image_token=None)))
+    blind = replace(profile.model, image_token=None)
+    assert not any(c.protect_text for c in candidates_for(blind, RECIPES.values()))
     damage = profile.statistics["damage"].mean
     for candidate in (c for c in protected if c.recent < 16):
         free = profile.candidates.index(replace(candidate, protect_text=False))

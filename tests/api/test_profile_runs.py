@@ -13,8 +13,10 @@ from typing import Any
 import pytest
 
 from cacheplan import api
-from cacheplan.errors import InputError, ProfileError, UnsupportedError
+from cacheplan.errors import CacheplanError, InputError, ProfileError, UnsupportedError
 from cacheplan.profilers.store import read_state
+from cacheplan.recipes import RECIPES
+from cacheplan.types import KVProfile
 
 PROMPTS = 4
 
@@ -136,3 +138,26 @@ def test_unsupported_models_are_refused(tmp_path: Path) -> None:
     )
     with pytest.raises(UnsupportedError, match="sliding_attention"):
         describe(MistralForCausalLM(config))
+
+
+def test_only_what_recipes_need_is_measured(tmp_path: Path) -> None:
+    """planned always; merged tokens and probes, which cost passes of their own, when asked for."""
+
+    def measured(recipes: list[str] | None) -> KVProfile:
+        found = api.profile(None, out=tmp_path / "p", limit=1, ablate=1, recipes=recipes)
+        assert isinstance(found, KVProfile)
+        return found
+
+    few, usual, named = measured(["planned"]), measured(None), measured(["elastic"])
+    assert set(few.candidates) == set(RECIPES["planned"].candidates)
+    assert "format_damage" not in few.statistics
+    assert set(few.candidates) < set(usual.candidates)
+    assert not any(c.merge is not None for c in usual.candidates)
+    assert set(named.candidates) == {*few.candidates, *RECIPES["elastic"].candidates}
+    assert api.solve(few, budget=0.2).predicted is not None
+    with pytest.raises(InputError, match="--recipe"):
+        api.solve(few, budget=0.2, recipe="lagkv")
+    with pytest.raises(CacheplanError, match="cacheplan profile"):
+        api.solve(few, budget=0.2, recipe="joint")
+    with pytest.raises(InputError, match="did you mean"):
+        measured(["elastik"])

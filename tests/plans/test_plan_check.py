@@ -162,7 +162,8 @@ def other(target: str, action: Action, **place: int) -> Change:
         ),
         (
             action(2, scorer=WindowAttention(heads=(0, 1))),
-            'entries[2].action.scorer.heads is [0, 1], expected none unless action.share is "layer"',
+            "entries[2].action.scorer.heads is [0, 1], "
+            'expected none unless action.share is "layer"',
         ),
         (
             action(0, scorer=ExpectedAttention(future=0)),

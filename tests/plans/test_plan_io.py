@@ -66,7 +66,7 @@ precisions = st.builds(
     group=st.none() | counts,
     residual=natural,
 )
-losers = st.one_of(
+losers: st.SearchStrategy[dict[str, Any]] = st.one_of(
     st.builds(dict, losers=st.sampled_from(["evict", "offload"])),
     st.builds(
         dict,

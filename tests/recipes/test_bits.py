@@ -240,6 +240,23 @@ def test_errors_are_weighed_apart_and_add_up() -> None:
     np.testing.assert_allclose(both - by_value, by_key / whole * 4.0**-6)
 
 
+def test_each_kind_of_scorer_is_weighed_by_its_own_ablation() -> None:
+    probed = CANDIDATES.index(RECIPES["snapkv"].candidates[0])
+    kl = np.array([0.5, 0.25, 0.125]) * np.ones((2, 2, 3))
+    ablated = Statistic(("x",) * 3, 1, kl, np.zeros_like(kl))
+    other = CANDIDATES.index(RECIPES["keydiff"].candidates[0])
+    profile = replace(
+        PROFILE,
+        probes=((probed, 1), (other, 1), (other, 2)),
+        statistics=PROFILE.statistics | {"ablation_kl": ablated},
+    )
+    damage, bits = PROFILE.statistics["damage"].mean, FewBits(profile)
+    for name, weight in (("snapkv", 0.5), ("keydiff", 0.375 / 2), ("knorm", 0.875 / 3)):
+        action = RECIPES[name].candidates[0]
+        expected = weight * damage[:, :, CANDIDATES.index(action), 1]
+        np.testing.assert_allclose(bits.kl(replace(action, keep=KEEPS[1])), expected)
+
+
 def test_demoting_to_the_same_precision_is_keeping_all_in_it() -> None:
     bits = FewBits(PROFILE)
     action = RECIPES["snapkv"].candidates[0]
@@ -321,7 +338,7 @@ def test_absolute_budgets_are_bytes_at_their_length() -> None:
 
 def test_a_profile_without_bits_is_refused() -> None:
     without = make_profile(bits=False)
-    with pytest.raises(ProfileError, match="without --no-bits"):
+    with pytest.raises(ProfileError, match="--recipe joint"):
         solve(0.3, "joint", without)
     assert solve(0.3, "planned", without).predicted is not None
 

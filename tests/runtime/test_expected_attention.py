@@ -29,7 +29,8 @@ def expected_scores(model: Any, layer: int, query: Tensor, key: Tensor, value: T
         k = key[h // (H // len(key)), SKIPPED:]
         z = k @ mean / D**0.5 + ((k @ covariance) * k).sum(-1) / (2 * D)
         scores[h // (H // len(key))] += z.softmax(-1)
-    return scores * value[:, SKIPPED:].norm(dim=-1)
+    weighed: Tensor = scores * value[:, SKIPPED:].norm(dim=-1)
+    return weighed
 
 
 def test_tokens_are_those_of_the_unrotated_queries(tiny_llama: Any, make_plan: Any) -> None:

@@ -226,7 +226,7 @@ def test_what_cannot_run_yet_is_refused(tiny_llama: Any, make_plan: Any, name: s
 
 def test_window_scores_cannot_evict_while_decoding(tiny_llama: Any, make_plan: Any) -> None:
     with (
-        pytest.raises(UnsupportedError, match="scorer.window"),
+        pytest.raises(UnsupportedError, match=r"scorer\.window"),
         apply(tiny_llama, make_plan(HALF, decode_every=8)),
     ):
         raise AssertionError("not reached")
