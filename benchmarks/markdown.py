@@ -37,7 +37,7 @@ def headline(result: dict[str, Any]) -> str:
     """How far ahead the plan is, and how good predictions are, in two sentences."""
     summary = result["summary"]
     ahead = ", ".join(
-        f"{1 / found['ratio']:.0f} times less KL at {budget} (next: {found['best_other']})"
+        f"{_times(1 / found['ratio'])} times less KL at {budget} (next: {found['best_other']})"
         for budget, found in summary["planned_over_best_other"].items()
     )
     low, high = summary["measured_over_predicted"]
@@ -46,6 +46,53 @@ def headline(result: dict[str, Any]) -> str:
         f"all {len(result['rows'])} rows: rank correlation {summary['rank_correlation']:.2f}, "
         f"measured over predicted between {low:.2f} and {high:.1f}"
     )
+
+
+def _times(ratio: float) -> str:
+    return f"{ratio:.0f}" if ratio >= 10 else f"{ratio:.1f}"
+
+
+def bits_table(result: dict[str, Any]) -> str:
+    """KL of formats, the best choice of tokens, and both, at equal bytes; least of each in bold."""
+    rows = [row for row in result["rows"] if row["kl"] is not None]
+    budgets = sorted({row["budget"] for row in rows}, reverse=True)
+    cell = {(row["recipe"], row["budget"]): row for row in rows}
+    heads = ["KL to the full cache, recall", *(f"{budget:g} of the bytes" for budget in budgets)]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for name in dict.fromkeys(row["recipe"] for row in rows):
+        texts = []
+        for budget in budgets:
+            row = cell.get((name, budget))
+            if row is None:
+                texts.append("-")
+                continue
+            best = min(r["kl"] for r in rows if r["budget"] == budget)
+            kl = f"{row['kl']:.2g}"
+            texts.append(f"{f'**{kl}**' if row['kl'] == best else kl}, {100 * row['recall']:.1f} %")
+        lines.append(f"| {name} | " + " | ".join(texts) + " |")
+    return "\n".join(lines)
+
+
+def decode_table(result: dict[str, Any]) -> str:
+    """Milliseconds of decode attention per layer and token, and how many times faster than full."""
+    rows = result["rows"]
+    contexts = sorted({row["context"] for row in rows})
+    cell = {(row["cache"], row["context"]): row for row in rows}
+    heads = ["ms per layer and token (times faster)", *(f"{c // 1024}k tokens" for c in contexts)]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for name in dict.fromkeys(row["cache"] for row in rows):
+        found = [cell[name, context] for context in contexts]
+        cells = [f"{row['ms']:.2f} ({row['speedup']:.1f})" for row in found]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def memory_table(result: dict[str, Any]) -> str:
+    """Peak memory of prefills and the cache they leave, in MiB."""
+    lines = ["| prefill | peak | cache after it |", "|---|---|---|"]
+    for row in result["rows"]:
+        lines.append(f"| {row['way']} | {row['peak_mib']:.0f} MiB | {row['cache_mib']:.0f} MiB |")
+    return "\n".join(lines)
 
 
 def feature_table(result: dict[str, Any]) -> str:

@@ -180,9 +180,8 @@ def _remarks(notes: dict[str, str]) -> list[str]:
 
 def _kv_ahead(goals: list[dict[str, Any]], setting: str) -> str:
     parts = [
-        f"{goal['ratio']:.2g} [{goal['interval'][0]:.2g}, {goal['interval'][1]:.2g}] at "
-        f"{goal['budget']:g} by bytes {goal['bytes']} ({goal['ours']} against {goal['peer']}"
-        f"{', both below 1e-4 nats' if goal['negligible'] else ''})"
+        f"{_kv_ratio(goal)} at {goal['budget']:g} by bytes {goal['bytes']} ({goal['ours']} against "
+        f"{goal['peer']})"
         for goal in goals
         if goal["setting"] == setting
     ]
@@ -190,6 +189,13 @@ def _kv_ahead(goals: list[dict[str, Any]], setting: str) -> str:
         "KL of our best row over that of the best peer whose bytes fit the budget, with 95 % "
         f"bootstrap intervals over prompts: {'; '.join(parts)}."
     )
+
+
+def _kv_ratio(goal: dict[str, Any]) -> str:
+    if goal["negligible"]:
+        return "both below 1e-4 nats"
+    low, high = goal["interval"]
+    return f"{goal['ratio']:.2g} [{low:.2g}, {high:.2g}]"
 
 
 def _table(heads: list[str], rows: list[list[str]]) -> list[str]:

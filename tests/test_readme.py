@@ -37,6 +37,26 @@ def test_readme_shows_the_measured_numbers_of_features() -> None:
     assert markdown.feature_headline(result) in " ".join(readme.split())
 
 
+def test_readme_shows_the_measured_bits_times_and_memory() -> None:
+    markdown = load(ROOT / "benchmarks" / "markdown.py")
+    readme = (ROOT / "README.md").read_text()
+    for name, table in (
+        ("bits", markdown.bits_table),
+        ("decode_cpu", markdown.decode_table),
+        ("prefill_memory", markdown.memory_table),
+    ):
+        result = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+        assert table(result) in readme, name
+
+
+def test_joint_bits_and_tokens_win_at_every_budget() -> None:
+    result = json.loads((ROOT / "benchmarks" / "results" / "bits.json").read_text())
+    for budget in {row["budget"] for row in result["rows"]}:
+        rows = [row for row in result["rows"] if row["budget"] == budget]
+        assert all(row["bytes"] <= budget + 1e-9 for row in rows), budget
+        assert min(rows, key=lambda row: row["kl"])["recipe"] == "joint", budget
+
+
 def test_readme_shows_the_measured_graph_breaks() -> None:
     result = json.loads((ROOT / "benchmarks" / "results" / "compiling.json").read_text())
     readme = (ROOT / "README.md").read_text()
