@@ -29,6 +29,8 @@ from cacheplan.verification import measure_damage
 from cacheplan.zoo import embedded_prompts
 
 RECIPES = [name for name, row in ROWS.items() if not chooses_bits(row)]  # see bits.py
+NAMED = ("planned", "duoattention", "cake_static", "kvzip", "flashcache", "keydiff", "adakv")
+NAMED += ("pyramidkv", "snapkv", "h2o", "streaming_llm")  # by name in the picture
 BUDGETS = (0.5, 0.3, 0.2, 0.1, 0.05)
 
 
@@ -117,12 +119,19 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    for name in RECIPES:
+    names = list(dict.fromkeys(row["recipe"] for row in rows))
+    for name in sorted(names, key=lambda name: name in NAMED):  # others first, below
         mine = [row for row in rows if row["recipe"] == name]
-        style = {"linewidth": 3, "color": "black"} if name == "planned" else {"alpha": 0.8}
+        style: dict[str, Any] = {"alpha": 0.8, "label": name, "marker": "o"}
+        if name == "planned":
+            style |= {"linewidth": 3, "color": "black", "zorder": 3}
+        elif name not in NAMED:
+            style |= {"color": "lightgrey", "label": "_", "marker": ""}
         budgets = [row["budget"] for row in mine]
-        axes[0].plot(budgets, [row["kl"] for row in mine], marker="o", label=name, **style)
-        axes[1].plot(budgets, [row["recall"] for row in mine], marker="o", label=name, **style)
+        axes[0].plot(budgets, [row["kl"] for row in mine], **style)
+        axes[1].plot(budgets, [row["recall"] for row in mine], **style)
+    others = len(set(names) - set(NAMED))
+    axes[1].plot([], [], color="lightgrey", label=f"{others} others")
     axes[1].axhline(rows[0]["full_recall"], linestyle=":", color="grey", label="full cache")
     axes[0].set(xlabel="cache kept", ylabel="KL to the full cache (nats/token)", yscale="log")
     axes[1].set(xlabel="cache kept", ylabel="recall of facts (exact match)", ylim=(0, 1.03))
