@@ -73,6 +73,7 @@ class AttendingLayer(CacheLayerMixin):  # type: ignore[misc]
     def receive(self, key: Tensor, value: Tensor) -> None:
         """Take the keys `[B, K, T, D]` and values of T new tokens."""
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # storage is not traced
     def update(
         self, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
@@ -106,6 +107,7 @@ class AttendingCache(Cache):  # type: ignore[misc]
         super().__init__(layers=layers)
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # the layer chooses by what it holds
 def _attention(
     module: torch.nn.Module,
     query: Tensor,

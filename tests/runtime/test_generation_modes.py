@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import replace
 from typing import Any
 
@@ -280,3 +281,17 @@ def test_decoding_beyond_the_models_length_goes_on(tiny_llama: Any, make_plan: A
         out = tiny_llama.generate(ids, do_sample=False, max_new_tokens=60)
         assert out.shape == (1, 100)
         assert caches[0].nbytes == caches[0].planned_bytes
+
+
+def test_compiled_models_follow_plans(tiny_llama: Any, make_plan: Any) -> None:
+    """Attention and cache stay outside of what is compiled; the rest is compiled as ever."""
+    model, plan = deepcopy(tiny_llama), make_plan(HEADS)
+    ids, mask = padded(texts(), "left")
+    settings = {"attention_mask": mask, "do_sample": False, "max_new_tokens": 5, "pad_token_id": 0}
+    with apply(model, plan):
+        expected = model.generate(ids, **settings)
+    model.compile(backend="eager")
+    with apply(model, plan) as caches:
+        assert torch.equal(model.generate(ids, **settings), expected)
+        assert caches[0].nbytes == caches[0].planned_bytes
+    torch._dynamo.reset()
