@@ -108,14 +108,13 @@ def test_more_ways_to_run_a_step_than_torch_compiles_are_refused(
     tiny_pipelines: Any,
     entry: MakeEntry,
     feature_plan: MakePlan,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model, _ = compiled(family, tiny_pipelines, "wrapped")
     sites = [("attention", 0), ("mlp", 1), ("mlp", 2)]
     entries = [entry(part, b, b + 1, step) for step, (part, b) in enumerate(sites, start=1)]
     plan = feature_plan(model.spec, entries)
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 4)
     with (
+        torch._dynamo.config.patch(recompile_limit=4),  # monkeypatch would hide it afterwards
         pytest.raises(UnsupportedError, match=r"recompile_limit = 5\."),
         apply(model.pipe, plan),
     ):
