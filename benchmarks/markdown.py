@@ -14,17 +14,28 @@ from typing import Any
 
 def recipe_table(result: dict[str, Any]) -> str:
     """KL and recall of every recipe at every budget, best KL of each budget in bold."""
-    rows = result["rows"]
+    return _kl_table(result, "keep {:g}")
+
+
+def bits_table(result: dict[str, Any]) -> str:
+    """KL of formats, the best choice of tokens, and both, at equal bytes; least of each in bold."""
+    return _kl_table(result, "{:g} of the bytes")
+
+
+def _kl_table(result: dict[str, Any], column: str) -> str:
+    rows = [row for row in result["rows"] if row["kl"] is not None]
     budgets = sorted({row["budget"] for row in rows}, reverse=True)
-    names = list(dict.fromkeys(row["recipe"] for row in rows))
     cell = {(row["recipe"], row["budget"]): row for row in rows}
     best = {b: min(row["kl"] for row in rows if row["budget"] == b) for b in budgets}
-    heads = ["KL to the full cache, recall", *(f"keep {budget:g}" for budget in budgets)]
+    heads = ["KL to the full cache, recall", *map(column.format, budgets)]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-    for name in names:
+    for name in dict.fromkeys(row["recipe"] for row in rows):
         texts = []
         for budget in budgets:
-            row = cell[name, budget]
+            row = cell.get((name, budget))
+            if row is None:
+                texts.append("-")
+                continue
             kl = f"{row['kl']:.2g}"
             if row["kl"] == best[budget]:
                 kl = f"**{kl}**"
@@ -41,36 +52,16 @@ def headline(result: dict[str, Any]) -> str:
         for budget, found in summary["planned_over_best_other"].items()
     )
     low, high = summary["measured_over_predicted"]
+    predicted = sum(row["predicted_kl"] is not None for row in result["rows"])
     return (
         f"Against the best other row, `planned` has {ahead}. Prediction against measurement over "
-        f"all {len(result['rows'])} rows: rank correlation {summary['rank_correlation']:.2f}, "
+        f"the {predicted} rows that have both: rank correlation {summary['rank_correlation']:.2f}, "
         f"measured over predicted between {low:.2f} and {high:.1f}"
     )
 
 
 def _times(ratio: float) -> str:
     return f"{ratio:.0f}" if ratio >= 10 else f"{ratio:.1f}"
-
-
-def bits_table(result: dict[str, Any]) -> str:
-    """KL of formats, the best choice of tokens, and both, at equal bytes; least of each in bold."""
-    rows = [row for row in result["rows"] if row["kl"] is not None]
-    budgets = sorted({row["budget"] for row in rows}, reverse=True)
-    cell = {(row["recipe"], row["budget"]): row for row in rows}
-    heads = ["KL to the full cache, recall", *(f"{budget:g} of the bytes" for budget in budgets)]
-    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-    for name in dict.fromkeys(row["recipe"] for row in rows):
-        texts = []
-        for budget in budgets:
-            row = cell.get((name, budget))
-            if row is None:
-                texts.append("-")
-                continue
-            best = min(r["kl"] for r in rows if r["budget"] == budget)
-            kl = f"{row['kl']:.2g}"
-            texts.append(f"{f'**{kl}**' if row['kl'] == best else kl}, {100 * row['recall']:.1f} %")
-        lines.append(f"| {name} | " + " | ".join(texts) + " |")
-    return "\n".join(lines)
 
 
 def decode_table(result: dict[str, Any]) -> str:

@@ -10,16 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from cacheplan.adapters.attention import Step
+from cacheplan.adapters.packing import packing
 from cacheplan.kernels.quantize.naive import dequantize, quantize
-from cacheplan.kernels.quantize.packed import Format
-from cacheplan.plans.storage import bare, divide, packed
+from cacheplan.plans.storage import bare, divide
 from cacheplan.profilers.damage import Nested, capped, kept_counts
 from cacheplan.types import KVAction, Precision, Tier
 
@@ -48,13 +47,10 @@ class BitMenu:
 
 def stored(x: Tensor, precision: Precision) -> Tensor:
     """The numbers `[..., n, D]` (float32) that come back once all whole groups were packed."""
-    if not packed(precision):
+    format, n = packing(precision), x.shape[-2]
+    if format is None:
         return x.float()
-    number: Any = "fp8" if precision.format == "float" else f"int{precision.bits}"
-    axis: Any = precision.axis
-    format = Format(number, axis, precision.group, precision.separable)
-    n = x.shape[-2]
-    whole = n - n % (precision.group or 1) if axis == "channel" else n
+    whole = n - n % (precision.group or 1) if precision.axis == "channel" else n
     if whole == 0:
         return x.float()
     older = dequantize(quantize(x[..., :whole, :].contiguous(), format))

@@ -35,7 +35,7 @@ MAY_IMPORT = {
     "plans": GROUND,
     "solvers": GROUND,
     "scorers": GROUND | {"kernels"},
-    "adapters": GROUND | {"kernels"},
+    "adapters": GROUND | {"kernels", "plans"},
     "profilers": MODELS,
     "runtime": MODELS,
     "recipes": PLANS,

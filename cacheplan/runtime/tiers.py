@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from cacheplan.adapters.packing import packing
 from cacheplan.kernels.decode_attention.cpu_int8 import Int8Row
 from cacheplan.kernels.decode_attention.segments import Segment, Work
 from cacheplan.kernels.quantize.dispatch import dequantize, quantize
 from cacheplan.kernels.quantize.packed import Format, Packed
-from cacheplan.plans.storage import divide, flush_tokens, for_int8_product, high_tier, packed
+from cacheplan.plans.storage import divide, flush_tokens, for_int8_product, high_tier
 from cacheplan.runtime.int8_tier import Int8Tier
 from cacheplan.runtime.rows import RaggedRows
-from cacheplan.types import KVAction, Precision, Tier
+from cacheplan.types import KVAction, Tier
 
 Pool = Tensor | Packed
 
@@ -26,7 +26,7 @@ class PackedTier:
 
     def __init__(self, tier: Tier, keys: Sequence[Tensor], values: Sequence[Tensor]) -> None:
         """Store keys `[n, D]` and values `[n, Dv]` of every row."""
-        self.formats = _format(tier.key), _format(tier.value)
+        self.formats = packing(tier.key), packing(tier.value)
         self.pools: tuple[Pool, Pool] = (
             _joined([_stored(own, self.formats[0]) for own in keys]),
             _joined([_stored(own, self.formats[1]) for own in values]),
@@ -220,14 +220,6 @@ class TieredRows:
 def _taken(rows: RaggedRows, tokens: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     places = [own + offset for own, offset in zip(tokens, rows.offsets, strict=True)]
     return [rows.keys[place] for place in places], [rows.values[place] for place in places]
-
-
-def _format(precision: Precision) -> Format | None:
-    if not packed(precision):
-        return None
-    number: Any = "fp8" if precision.format == "float" else f"int{precision.bits}"
-    axis: Any = precision.axis
-    return Format(number, axis, precision.group, precision.separable)
 
 
 def _stored(x: Tensor, format: Format | None, scales: Tensor | None = None) -> Pool:
