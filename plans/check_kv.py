@@ -11,10 +11,13 @@ from cacheplan.plans.rules_storage import check_storable
 from cacheplan.types import (
     FULL_ATTENTION,
     AccumulatedAttention,
+    BestScores,
     Entry,
     KVAction,
     KVPlan,
     LanguageSpec,
+    Online,
+    Preference,
     ProbeAttention,
     Site,
     WindowAttention,
@@ -45,7 +48,7 @@ def check_kv(plan: KVPlan) -> None:
     need(every is None or every >= 1, "trigger.decode_every", every, COUNT)
     chunk, online = plan.trigger.prefill_chunk, plan.trigger.online
     need(chunk is None or chunk >= 1, "trigger.prefill_chunk", chunk, COUNT)
-    if online is not None:
+    if isinstance(online, Preference):
         for name in ("tau_dispersion", "tau_shift"):
             tau = getattr(online, name)
             need(tau > 0, f"trigger.online.{name}", tau, "a number above 0")
@@ -69,7 +72,7 @@ def check_runnable_kv(plan: KVPlan) -> None:
         if plan.trigger.decode_every is not None:
             _check_while_decoding(action, at)
         if plan.trigger.online is not None:
-            _check_online(entry, action, at)
+            _check_online(plan.trigger.online, entry, action, at)
     if plan.trigger.online is not None:
         for name in ("decode_every", "prefill_chunk"):
             value = getattr(plan.trigger, name)
@@ -77,8 +80,8 @@ def check_runnable_kv(plan: KVPlan) -> None:
                 refuse(f"trigger.{name}", value, "none where trigger.online is set")
 
 
-def _check_online(entry: Entry, action: KVAction, at: str) -> None:
-    """What cannot be cut back layer by layer while a prompt is read."""
+def _check_online(online: Online, entry: Entry, action: KVAction, at: str) -> None:
+    """What cannot be cut back further once it has been scored."""
     words = "where trigger.online is set"
     if entry.site.head is not None:
         refuse(at.replace("action", "site.head"), entry.site.head, f"none {words}")
@@ -90,8 +93,11 @@ def _check_online(entry: Entry, action: KVAction, at: str) -> None:
         refuse(f"{at}.recent_share", action.recent_share, f"0 {words}")
     if action.protect_text:
         refuse(f"{at}.protect_text", action.protect_text, f"false {words}")
-    if isinstance(action.scorer, ProbeAttention):
+    probed = isinstance(action.scorer, ProbeAttention)
+    if probed and isinstance(online, Preference):
         refuse(f"{at}.scorer.name", action.scorer.name, f"scorers without probes {words}")
+    if isinstance(online, BestScores) and not probed:
+        refuse(f"{at}.scorer.name", action.scorer.name, f'"{ProbeAttention.name}" {words} to it')
 
 
 def _check_while_decoding(action: KVAction, at: str) -> None:

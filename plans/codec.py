@@ -17,7 +17,15 @@ from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from cacheplan.errors import PlanError
-from cacheplan.types import SCORERS, FeaturePlan, KVAction, KVPlan, WeightAction
+from cacheplan.types import (
+    SCORERS,
+    BestScores,
+    FeaturePlan,
+    KVAction,
+    KVPlan,
+    Preference,
+    WeightAction,
+)
 
 TAGS: dict[type, tuple[str, str]] = {
     KVPlan: ("family", KVPlan.family),
@@ -25,6 +33,7 @@ TAGS: dict[type, tuple[str, str]] = {
     KVAction: ("kind", "kv"),
     WeightAction: ("kind", "weight"),
     **{cls: ("name", name) for name, cls in SCORERS.items()},
+    **{cls: ("name", cls.name) for cls in (Preference, BestScores)},
 }
 REPEATED = object()  # stands for the value of a key that an object of the file holds twice
 

@@ -56,6 +56,12 @@ def rows_after(plan: KVPlan, length: int, generated: int) -> Integers:
     return rows + appended
 
 
+def protected_tokens(plan: KVPlan) -> int:
+    """Tokens that each head has beforehand where the plan divides anew for each prompt."""
+    actions = [entry.action for entry in plan.entries if isinstance(entry.action, KVAction)]
+    return max(1, *(action.sinks + action.recent for action in actions))
+
+
 def row_bytes(
     actions: Iterable[KVAction], spec: LanguageSpec, element_size: int, trigger: Trigger
 ) -> int:

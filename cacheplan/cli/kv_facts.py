@@ -13,6 +13,7 @@ from cacheplan.cli.bit_words import bit_words
 from cacheplan.cli.numbers import number, percent, size
 from cacheplan.errors import ProfileError
 from cacheplan.types import (
+    BestScores,
     Damage,
     FeatureProfile,
     KVAction,
@@ -21,6 +22,7 @@ from cacheplan.types import (
     KVRecipe,
     LanguageSpec,
     LayerWeight,
+    Online,
     Scorer,
 )
 
@@ -96,7 +98,7 @@ def cells(recipe: KVRecipe) -> str:
     if recipe.prefill_chunk is not None:
         words.append(f"prompts in pieces of {recipe.prefill_chunk} tokens")
     if recipe.online is not None:
-        words.append("layers divided anew for each prompt")
+        words.append(_online_words(recipe.online))
     return "; ".join(words)
 
 
@@ -158,8 +160,14 @@ def plan_words(plan: KVPlan) -> list[str]:
     if plan.trigger.prefill_chunk is not None:
         lines.append(f"prompts    read in pieces of {plan.trigger.prefill_chunk} tokens")
     if plan.trigger.online is not None:
-        lines.append("layers     divided anew for each prompt")
+        lines.append(f"division   {_online_words(plan.trigger.online)}")
     return lines
+
+
+def _online_words(online: Online) -> str:
+    if isinstance(online, BestScores):
+        return "for each prompt, the best scores of all layers and heads stay"
+    return "layers divided anew for each prompt"
 
 
 def damage_words(damage: Damage | None) -> str:

@@ -12,6 +12,7 @@ from cacheplan.plans.storage import bare
 from cacheplan.recipes.bits import BIT_ROWS, DEMOTIONS, FORMATS
 from cacheplan.types import (
     AccumulatedAttention,
+    BestScores,
     BlockDistance,
     ExpectedAttention,
     KeyDifference,
@@ -210,17 +211,17 @@ _ROWS = (
     ),
     KVRecipe(
         name="kvzip",
-        summary="what the prompt attends to when it is read again, heads of a layer compete",
-        paper="Kim et al. 2025, arXiv 2505.23416 (no instruction; best of a layer, not of all)",
+        summary="what the prompt attends to when it is read again, heads of all layers compete",
+        paper="Kim et al. 2025, arXiv 2505.23416 (no instruction before the repetition)",
         allocation="uniform",
         candidates=(
             KVAction(
                 keep=1.0,
                 scorer=ProbeAttention(content="prompt", tokens=2048, reduce="max"),
                 sinks=4,
-                split="adaptive",
             ),
         ),
+        online=BestScores(),
     ),
     KVRecipe(
         name="elastic",

@@ -14,9 +14,10 @@ from cacheplan.adapters.probe_tokens import read_probe
 from cacheplan.errors import UnsupportedError
 from cacheplan.plans.check import check_runnable
 from cacheplan.plans.rows import cache_bytes
+from cacheplan.runtime.competition import best_of_all
 from cacheplan.runtime.layer import Course, PlanLayer
 from cacheplan.runtime.mixed import MixedRows
-from cacheplan.types import KVPlan, ProbeAttention, Site
+from cacheplan.types import BestScores, KVPlan, ProbeAttention, Site
 
 
 class PlanCache(AttendingCache):
@@ -132,8 +133,11 @@ class PlanCache(AttendingCache):
                 read_probe(decoder, self, scorer, prompt)
         finally:
             self._course.probe = None
-        for layer in self.planned_layers:
-            layer.evict_probed()
+        if isinstance(self.plan.trigger.online, BestScores):
+            best_of_all(self.plan, self.planned_layers)
+        else:
+            for layer in self.planned_layers:
+                layer.evict_probed()
 
     def show(self, ids: Tensor, valid: Tensor | None) -> None:
         """Note which tokens of the prompt `[B, S]` are images; `valid` (bool) are no padding."""

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 from weakref import ref
 
-from cacheplan.plans.rows import kept_rows
-from cacheplan.types import KVAction, KVPlan
+from cacheplan.plans.rows import kept_rows, protected_tokens
+from cacheplan.types import KVPlan
 
 if TYPE_CHECKING:
     from cacheplan.runtime.layer import PlanLayer
@@ -24,9 +24,8 @@ class Cascade:
     """
 
     def __init__(self, plan: KVPlan) -> None:
-        actions = [entry.action for entry in plan.entries if isinstance(entry.action, KVAction)]
         self._plan = plan
-        self._protected = max(1, *(action.sinks + action.recent for action in actions))
+        self._protected = protected_tokens(plan)
         # weak: a layer knows the cascade, and no cycle may keep a cache alive
         self._layers: list[ref[PlanLayer]] = []
         self._preferences: list[list[float]] = []  # of each batch entry
@@ -40,10 +39,11 @@ class Cascade:
             for b, length in enumerate(lengths)
         ]
         last = len(self._layers) == len(self._plan.model.planned)
+        heads = self._plan.model.kv_heads
         for m, known in enumerate(self._layers):
             earlier = known()
             assert earlier is not None
-            earlier.cut_back([own[m] for own in parts], last=last)
+            earlier.cut_back([own[m] for own in parts for _ in range(heads)], last=last)
         if last:
             self.clear()
 

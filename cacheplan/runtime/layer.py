@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -32,7 +33,7 @@ from cacheplan.scorers.preference import preference
 from cacheplan.scorers.probe import joined, paid
 from cacheplan.scorers.scores import Rotary, Seen
 from cacheplan.scorers.selection import kept_tokens
-from cacheplan.types import KVPlan, ProbeAttention, needs_rotary
+from cacheplan.types import KVPlan, Preference, ProbeAttention, needs_rotary
 
 _REMEMBERED = 64  # prompt lengths whose row counts are kept
 
@@ -51,7 +52,7 @@ class Course:
         self.expected: list[int] | None = None
         self.probes = probes_of(plan)
         self.probe: ProbeAttention | None = None
-        self.cascade = None if plan.trigger.online is None else Cascade(plan)
+        self.cascade = Cascade(plan) if isinstance(plan.trigger.online, Preference) else None
         self.images: list[Tensor] | None = None
         self._rows: dict[int, list[list[int]]] = {}
 
@@ -224,14 +225,21 @@ class PlanLayer(AttendingLayer):
         self.waiting, self._probed = None, []
         self._pack(self.rows)
 
-    def cut_back(self, parts: list[int], *, last: bool) -> None:
-        """Leave each head of entry b `parts[b]` tokens, by the scores they had in the prompt."""
+    def score_probed(self) -> dict[int, Choice]:
+        """Score all tokens of every row once all probes have been read; `cut_back` follows."""
+        assert isinstance(self.rows, RaggedRows)
+        none = [[0] * self.rows.heads] * self.rows.batch
+        self._scored = self._chosen(self.rows, None, none, self.groups)
+        self.waiting, self._probed = None, []
+        return self._scored
+
+    def cut_back(self, parts: Sequence[int], *, last: bool) -> None:
+        """Leave row r `parts[r]` tokens, by the scores they had in the prompt."""
         assert isinstance(self.rows, RaggedRows)
         choices = {}
         for r, held in self._scored.items():
-            part = parts[r // self.rows.heads]
-            if part < self.rows.lengths[r]:
-                (kept,) = kept_tokens(held.scores[None, None], [part], held.action)
+            if parts[r] < self.rows.lengths[r]:
+                (kept,) = kept_tokens(held.scores[None, None], [parts[r]], held.action)
                 choices[r] = replace(held, kept=kept)
                 self._scored[r] = replace(held, scores=held.scores[kept])
         self._cut(self.rows, choices)
@@ -241,7 +249,7 @@ class PlanLayer(AttendingLayer):
     def _preference(self, rows: RaggedRows, step: Step, b: int) -> float:
         """What entry b's attention in this layer prefers to have of the cache."""
         weight = self.course.plan.trigger.online
-        assert weight is not None
+        assert isinstance(weight, Preference)
         key, value = rows.together(list(rows.of_entry(b)))
         seen = Seen(self._queries(step, b), key[None], value[None], step.scale)
         return preference(weight, seen)

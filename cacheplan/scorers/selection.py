@@ -36,17 +36,25 @@ def adaptive_counts(scores: Tensor, count: int, action: KVAction) -> Tensor:
     what remains goes to the best scores of the whole layer (AdaKV, arXiv 2407.11550, eq. 5;
     floor-then-fill conserves the sum, which the authors' floor and round does not).
     """
-    B, K, S = scores.shape
+    K = scores.shape[1]
     recent = recent_tokens(action, count)
     sinks = min(action.sinks, count - recent)
     protected = recent + sinks
     sure = protected + int(action.floor * (count - protected))
-    order = ranked(scores, sinks=sinks, recent=recent)
-    claimed = torch.zeros_like(scores, dtype=torch.bool)
-    claimed.scatter_(-1, order[..., :sure], True)
-    rest = scores.masked_fill(claimed, float("-inf")).reshape(B, K * S)
-    best = rest.argsort(dim=-1, descending=True, stable=True)[:, : K * (count - sure)]
-    counts = torch.full((B, K), sure, device=scores.device)
+    first = ranked(scores, sinks=sinks, recent=recent)[..., :sure]
+    return compete(scores, first, K * count)
+
+
+def compete(scores: Tensor, first: Tensor, total: int) -> Tensor:
+    """Divide `total` tokens among rows by their scores `[B, R, S]`, `[B, R]` int64.
+
+    Every row has the tokens `first` `[B, R, F]` for sure; the best of the others win, ties going
+    to the earlier row and token.
+    """
+    B, R, S = scores.shape
+    rest = scores.scatter(-1, first, float("-inf")).reshape(B, R * S)
+    best = rest.argsort(dim=-1, descending=True, stable=True)[:, : total - first.numel() // B]
+    counts = torch.full((B, R), first.shape[-1], device=scores.device)
     return counts.scatter_add_(1, best // S, torch.ones_like(best))
 
 

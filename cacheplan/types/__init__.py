@@ -62,8 +62,10 @@ from cacheplan.types.scorers import (
     needs_rotary,
 )
 from cacheplan.types.weights import (
+    BestScores,
     BlockDistance,
     LayerWeight,
+    Online,
     OutputError,
     Preference,
     Pyramid,
@@ -75,6 +77,7 @@ __all__ = [
     "SCORERS",
     "AccumulatedAttention",
     "Action",
+    "BestScores",
     "Block",
     "BlockDistance",
     "Budget",
@@ -105,6 +108,7 @@ __all__ = [
     "LowPassResidual",
     "Merge",
     "ModelSpec",
+    "Online",
     "OutputError",
     "Part",
     "Plan",

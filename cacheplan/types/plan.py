@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from cacheplan.types.model import LanguageSpec, Site
 from cacheplan.types.scorers import Position, Scorer
-from cacheplan.types.weights import Preference
+from cacheplan.types.weights import Online
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,15 +122,16 @@ class Trigger:
     None means that tokens generated after the prompt all stay.  Prompts are read in pieces of
     `prefill_chunk` tokens with an eviction after each; None reads them at once.
 
-    `online` divides the plan's tokens among layers anew for each prompt, in proportion to what the
-    layer's attention to that prompt prefers, while the layers are read: each is cut back to its
-    part of what has arrived so far, so that memory holds the plan's tokens and one layer
-    (CAKE, arXiv 2503.12491).
+    `online` divides the plan's tokens anew for each prompt.  By `Preference`: among layers, in
+    proportion to what the layer's attention to that prompt prefers, while the layers are read;
+    each is cut back to its part of what has arrived so far, so that memory holds the plan's tokens
+    and one layer (CAKE, arXiv 2503.12491).  By `BestScores`: among all heads of all layers, once
+    probes have scored the whole prompt (KVzip, arXiv 2505.23416).
     """
 
     decode_every: int | None = None
     prefill_chunk: int | None = None
-    online: Preference | None = None
+    online: Online | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from cacheplan.types.features import Gate
 from cacheplan.types.plan import KVAction, Tier
-from cacheplan.types.weights import LayerWeight, Preference
+from cacheplan.types.weights import LayerWeight, Online
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +48,7 @@ class KVRecipe:
     demotions: tuple[tuple[Tier, Tier], ...] = ()
     decode_every: int | None = None
     prefill_chunk: int | None = None
-    online: Preference | None = None
+    online: Online | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -51,4 +51,12 @@ class BlockDistance:
     power: float = 1.1
 
 
+@dataclass(frozen=True, kw_only=True)
+class BestScores:
+    """The best scores of all layers and heads win (KVzip, arXiv 2505.23416, section 3.3)."""
+
+    name: ClassVar[str] = "best_scores"
+
+
 LayerWeight = Pyramid | Preference | SpectralResidual | OutputError | BlockDistance
+Online = Preference | BestScores  # what divides tokens anew for each prompt
