@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast, overload
 
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from cacheplan.verification import Verification
 
 __all__ = [
+    "Comparison",
     "Drawing",
     "Generation",
     "Placement",
@@ -53,6 +55,17 @@ __all__ = [
 FAMILIES = (LanguageSpec.family, DiffusionSpec.family)
 
 AnyPlan = TypeVar("AnyPlan", bound=Plan)
+
+
+@dataclass(frozen=True, eq=False)
+class Comparison:
+    """A measurement per plan, all of one family; for pictures, also those of every prompt.
+
+    A row has the picture of the full run and one of each plan.
+    """
+
+    found: tuple[Verification | PictureVerification, ...]
+    rows: tuple[Row, ...]
 
 
 def family_of(model: str | None, family: str | None = None) -> str:
@@ -318,38 +331,49 @@ def verify(
     }
     if isinstance(plan, KVPlan):
         _only("diffusion", settings=settings or None)
-        return language.verify_language(plan, split=split, placement=placement, **common)
+        return language.verify_language([plan], split=split, placement=placement, **common)[0]
     _only("language", split=split, device_map=placement)
     return diffusion.verify_features([plan], settings=settings or {}, **common)[0][0]
 
 
 def compare(
-    plans: Sequence[FeaturePlan],
+    plans: Sequence[Plan],
     *,
     model: str | None = None,
     prompts: Path | None = None,
+    split: float | None = None,
     settings: Mapping[str, Any] | None = None,
     limit: int | None = None,
     device: str | None = None,
     dtype: str | None = None,
     progress: Progress | None = None,
-) -> tuple[list[PictureVerification], list[Row]]:
-    """Measure several plans of one diffusion pipeline on the same prompts.
+    placement: Placement | None = None,
+) -> Comparison:
+    """Measure several plans of one model on the same prompts; the arguments are those of `verify`.
 
-    Returns a measurement per plan, and per prompt the pictures of the full run and of the plans.
+    The full cache, or the full run, is made once for all of them.
     """
     if not plans:
         raise InputError("No plans were given: name files that `cacheplan solve` wrote.")
-    return diffusion.verify_features(
-        plans,
-        model=model,
-        prompts=prompts,
-        settings=settings or {},
-        limit=limit,
-        device=device,
-        dtype=dtype,
-        progress=progress,
-    )
+    common: dict[str, Any] = {
+        "model": model,
+        "prompts": prompts,
+        "limit": limit,
+        "device": device,
+        "dtype": dtype,
+        "progress": progress,
+    }
+    caches = [plan for plan in plans if isinstance(plan, KVPlan)]
+    features = [plan for plan in plans if isinstance(plan, FeaturePlan)]
+    if caches and features:
+        raise InputError("Plans for language and for diffusion models cannot be compared.")
+    if caches:
+        _only("diffusion", settings=settings or None)
+        kept = language.verify_language(caches, split=split, placement=placement, **common)
+        return Comparison(tuple(kept), ())
+    _only("language", split=split, device_map=placement)
+    found, rows = diffusion.verify_features(features, settings=settings or {}, **common)
+    return Comparison(tuple(found), tuple(rows))
 
 
 def _only(family: str, **options: object) -> None:

@@ -6,8 +6,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from cacheplan import api
-from cacheplan.errors import InfeasibleError, InputError
-from cacheplan.types import FeatureDamage, Profile
+from cacheplan.errors import (
+    CacheplanError,
+    InfeasibleError,
+    InputError,
+    ProfileError,
+    UnsupportedError,
+)
+from cacheplan.recipes import FEATURE_RECIPES, RECIPES
+from cacheplan.types import FeatureDamage, KVProfile, Plan, Profile
 
 BUDGETS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 Progress = Callable[[int, int, str], None]
@@ -41,27 +48,50 @@ def frontier(
     A budget that a recipe cannot meet is left out; any other error is raised.  Raises InputError
     for budgets outside of (0, 1] and if no point is left.
     """
+    plans, missing = solve_all(profile, recipes=recipes, budgets=budgets, progress=progress)
+    return [_point(plan, *pair) for pair, plan in plans.items()], missing
+
+
+def solve_all(
+    profile: Profile,
+    *,
+    recipes: Sequence[str],
+    budgets: Sequence[float],
+    command: str = "",
+    progress: Progress | None = None,
+) -> tuple[dict[tuple[str, float], Plan], list[str]]:
+    """The plans of every recipe at every budget, and a sentence for each that there is not.
+
+    ["all"] are all recipes for this kind of model, of which those are left out too that the model
+    or the profile does not allow.  Otherwise like `frontier`.
+    """
     wrong = [budget for budget in budgets if not 0 < budget <= 1]
     if wrong:
         raise InputError(f"The budget {wrong[0]:g} is not a share above 0 and at most 1.")
-    points, missing = [], []
-    pairs = [(recipe, budget) for recipe in recipes for budget in budgets]
+    refusals: tuple[type[CacheplanError], ...] = (InfeasibleError,)
+    if list(recipes) == ["all"]:
+        recipes = list(RECIPES if isinstance(profile, KVProfile) else FEATURE_RECIPES)
+        refusals = (InfeasibleError, UnsupportedError, ProfileError)
+    plans: dict[tuple[str, float], Plan] = {}
+    missing = []
+    pairs = [(recipe, budget) for recipe in dict.fromkeys(recipes) for budget in budgets]
     for number, (recipe, budget) in enumerate(pairs):
         if progress:
             progress(number, len(pairs), f"{recipe} at {budget:g}")
         try:
-            points.append(_point(profile, recipe, budget))
-        except InfeasibleError as error:
+            plans[recipe, budget] = api.solve(
+                profile, budget=budget, recipe=recipe, command=command
+            )
+        except refusals as error:
             missing.append(f"{recipe} at {budget:g} is left out: {error}")
     if progress:
         progress(len(pairs), len(pairs), "done")
-    if not points:
+    if not plans:
         raise InputError(f"No recipe meets any of the budgets: {missing[0]}")
-    return points, missing
+    return plans, missing
 
 
-def _point(profile: Profile, recipe: str, budget: float) -> Point:
-    plan = api.solve(profile, budget=budget, recipe=recipe)
+def _point(plan: Plan, recipe: str, budget: float) -> Point:
     predicted = plan.predicted
     damage: float | None = None
     if predicted is not None:

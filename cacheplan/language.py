@@ -269,7 +269,7 @@ def refine_language(
 
 
 def verify_language(
-    plan: KVPlan,
+    plans: Sequence[KVPlan],
     *,
     model: str | None,
     prompts: Path | None,
@@ -279,18 +279,21 @@ def verify_language(
     dtype: str | None,
     progress: Progress | None,
     placement: Placement | None,
-) -> Verification:
-    """Measure a KV plan on held-out prompts; see `cacheplan.api.verify`."""
+) -> list[Verification]:
+    """Measure KV plans of one model on held-out prompts; see `cacheplan.api.verify`."""
     from cacheplan.adapters.language import load
     from cacheplan.profilers.prompts import digest
-    from cacheplan.verification import measure_damage
+    from cacheplan.verification import measure_plans
 
-    loaded = load(model or plan.model.id, device=device, dtype=dtype, placement=placement)
-    check_model(plan, loaded.spec)
+    first = plans[0].model
+    loaded = load(model or first.id, device=device, dtype=dtype, placement=placement)
+    for plan in plans:
+        check_model(plan, loaded.spec)
     share = SPLIT if split is None else split
     texts = prompts_for(loaded, prompts, "heldout", share, limit)
-    refuse_calibration(digest(texts), plan.provenance)
-    return measure_damage(loaded.model, plan, texts, progress=progress)
+    for plan in plans:
+        refuse_calibration(digest(texts), plan.provenance)
+    return measure_plans(loaded.model, plans, texts, progress=progress)
 
 
 def _probes(candidates: tuple[KVAction, ...]) -> tuple[tuple[int, int], ...]:

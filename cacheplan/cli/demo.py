@@ -10,14 +10,13 @@ from typing import Annotated, Any
 import typer
 
 from cacheplan import api
-from cacheplan.cli.compare import pictures
-from cacheplan.cli.facts import damage_facts
+from cacheplan.cli.compare import measured
+from cacheplan.cli.comparison import facts, tables
 from cacheplan.cli.feature_facts import drawing_words
 from cacheplan.cli.kv_facts import generation_words, tail
 from cacheplan.cli.options import PLAN, PROFILE, Json
 from cacheplan.cli.output import draw, emit, say, suggest
 from cacheplan.cli.progress import progress
-from cacheplan.cli.tables import comparison_table
 from cacheplan.errors import InputError
 from cacheplan.picture_grid import write_picture
 from cacheplan.types import DiffusionSpec, FeatureProfile, KVProfile, LanguageSpec
@@ -105,22 +104,10 @@ def _language(
     say(f"   {tail(text.prompt)} -> {text.text}")
     say(f"   {generation_words(text)}")
     say("4. cacheplan compare")
-    found = {}
-    for name, plan in plans.items():
-        with progress(f"   {name}") as report:
-            found[name] = api.verify(plan, limit=limit, progress=report)
+    arms, _ = measured([(name, None, plan) for name, plan in plans.items()], None, limit=limit)
     if not as_json:
-        draw(comparison_table(found))
-    rows = {
-        name: {
-            "predicted": damage_facts(plans[name].predicted),
-            "measured": damage_facts(result.damage),
-            "measured_bytes": result.measured_bytes,
-            "full_bytes": result.full_bytes,
-        }
-        for name, result in found.items()
-    }
-    return {"budget": budget, "text": text.text, "recipes": rows}
+        draw(*tables(arms))
+    return {"budget": budget, "text": text.text, "recipes": {a.name: facts(a) for a in arms}}
 
 
 def _diffusion(
@@ -148,5 +135,13 @@ def _diffusion(
     say(f"   {drawing_words(drawn)}")
     say("4. cacheplan compare")
     out = folder / "compare.png" if kept else None
-    facts = pictures(list(PICTURES), plans, out, as_json=as_json, limit=min(limit or 4, 4))
-    return {"budget": budget, "prompt": drawn.prompt, **facts}
+    named = [(name, None, plan) for name, plan in zip(PICTURES, plans, strict=True)]
+    arms, written = measured(named, out, limit=min(limit or 4, 4))
+    if not as_json:
+        draw(*tables(arms))
+    return {
+        "budget": budget,
+        "prompt": drawn.prompt,
+        "picture": str(out) if written else None,
+        "plans": {arm.name: facts(arm) for arm in arms},
+    }

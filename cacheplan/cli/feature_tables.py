@@ -10,7 +10,7 @@ import numpy as np
 from rich.table import Table
 
 from cacheplan.cli.kv_facts import statistic
-from cacheplan.cli.numbers import ABSENT, count, number, percent, size
+from cacheplan.cli.numbers import ABSENT, count, interval, number, percent, size
 from cacheplan.cli.tables import table_of
 from cacheplan.plans.words import site_words
 from cacheplan.types import FeaturePlan, FeatureProfile, FeatureSite
@@ -30,7 +30,7 @@ def picture_table(plan: FeaturePlan, found: PictureVerification) -> Table:
     table.add_row(
         "error", number(predicted.error if predicted else None), number(damage.error), "0"
     )
-    table.add_row("PSNR", ABSENT, _decibels(damage.psnr), ABSENT)
+    table.add_row("PSNR", ABSENT, decibels(damage.psnr), ABSENT)
     table.add_row("SSIM", ABSENT, _ssim(damage.ssim), "1")
     table.add_row("FLOPs", *(count(value).rstrip() for value in flops))
     table.add_row("of full", *(percent(value / found.full_flops) for value in flops))
@@ -41,16 +41,19 @@ def picture_table(plan: FeaturePlan, found: PictureVerification) -> Table:
 
 def picture_comparison(names: Sequence[str], found: Sequence[PictureVerification]) -> Table:
     """One row per plan, and first the full run they are compared with."""
-    table = table_of("", "compute", "error", "PSNR", "SSIM", "seconds", "speedup")
+    columns = ("compute", "error", "95 % interval", "PSNR", "SSIM", "seconds", "speedup")
+    table = table_of("", *columns)
     first = found[0]
-    table.add_row("full run", percent(1.0), "0", ABSENT, "1", f"{first.full_seconds:.2f}", "1x")
+    seconds = f"{first.full_seconds:.2f}"
+    table.add_row("full run", percent(1.0), "0", ABSENT, ABSENT, "1", seconds, "1x")
     for name, result in zip(names, found, strict=True):
         damage = result.damage
         table.add_row(
             name,
             percent(result.counted_flops / result.full_flops),
             number(damage.error),
-            _decibels(damage.psnr),
+            interval(result.error_per_prompt),
+            decibels(damage.psnr),
             _ssim(damage.ssim),
             f"{result.seconds:.2f}",
             f"{result.full_seconds / result.seconds:.2f}x",
@@ -105,7 +108,8 @@ def _kind(site: FeatureSite, blocks: int) -> str:
     return site_words(site)
 
 
-def _decibels(value: float | None) -> str:
+def decibels(value: float | None) -> str:
+    """A ratio of powers, such as a PSNR."""
     return ABSENT if value is None else f"{value:.1f} dB"
 
 

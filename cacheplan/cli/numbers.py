@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 ABSENT = "-"
 
 
@@ -11,6 +13,16 @@ def percent(share: float | None) -> str:
 
 def number(value: float | None) -> str:
     return ABSENT if value is None else f"{value:.3g}"
+
+
+def interval(values: Sequence[float]) -> str:
+    """Where the mean over prompts lies with 95 % confidence; nothing is known from one prompt."""
+    if len(values) < 2:
+        return ABSENT
+    from cacheplan.intervals import mean_interval
+
+    low, high = mean_interval(values)
+    return f"{low:.2g} to {high:.2g}"
 
 
 def size(count: int) -> str:

@@ -74,6 +74,22 @@ OffloadFolder = Annotated[
 ]
 
 
+Budgets = Annotated[
+    str | None,
+    typer.Option(metavar="SHARES", help='Shares with commas between, such as "0.1,0.2,0.5".'),
+]
+
+
+def shares(text: str) -> list[float]:
+    """The budgets of an option; raises InputError."""
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise InputError(
+            f'The budgets "{text}" are not numbers: write shares such as "0.1,0.2,0.5".'
+        ) from None
+
+
 def placement_of(
     device_map: str | None, max_memory: str | None, offload_folder: Path | None
 ) -> Placement | None:

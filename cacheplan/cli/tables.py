@@ -10,7 +10,7 @@ from rich.table import Table
 
 from cacheplan.cli import feature_facts
 from cacheplan.cli.kv_facts import cells, statistic
-from cacheplan.cli.numbers import ABSENT, number, percent, size
+from cacheplan.cli.numbers import ABSENT, interval, number, percent, size
 from cacheplan.types import KVPlan, KVProfile, KVRecipe, Recipe
 
 if TYPE_CHECKING:
@@ -54,15 +54,16 @@ def verification_table(plan: KVPlan, found: Verification) -> Table:
 
 def comparison_table(found: Mapping[str, Verification]) -> Table:
     """One row per recipe, and first the full cache they are compared with."""
-    table = table_of("", "KL", "same top token", "recall", "cache", "of full")
+    table = table_of("", "KL", "95 % interval", "same top token", "recall", "cache", "of full")
     first = next(iter(found.values()))
     full, recall = first.full_bytes, percent(first.damage.full_recall)
-    table.add_row("full cache", "0", percent(1.0), recall, size(full), percent(1.0))
+    table.add_row("full cache", "0", ABSENT, percent(1.0), recall, size(full), percent(1.0))
     for name, result in found.items():
         held, damage = result.measured_bytes, result.damage
         table.add_row(
             name,
             number(damage.kl),
+            interval(result.kl_per_prompt),
             percent(damage.agreement),
             percent(damage.recall),
             size(held),

@@ -17,6 +17,7 @@ from cacheplan.errors import (
     ModelMismatchError,
     UnsupportedError,
 )
+from cacheplan.picture_verification import PictureVerification
 from cacheplan.plans.compute import full_flops, planned_flops
 from cacheplan.plans.io import dumps
 from cacheplan.types import FeaturePlan, FeatureProfile
@@ -149,12 +150,13 @@ def test_comparing_measures_what_verifying_does(
     profile: FeatureProfile, plan: FeaturePlan, heldout: Path
 ) -> None:
     other = api.solve(profile, budget=0.5, recipe="uniform")
-    found, rows = api.compare([plan, other], prompts=heldout)
-    assert [len(row.pictures) for row in rows] == [3, 3]
-    assert [row.prompt.seed for row in rows] == [5, 2]
-    alone = api.verify(other, prompts=heldout)
-    assert found[1].damage == alone.damage
-    assert found[1].error_per_prompt == alone.error_per_prompt
+    together = api.compare([plan, other], prompts=heldout)
+    assert [len(row.pictures) for row in together.rows] == [3, 3]
+    assert [row.prompt.seed for row in together.rows] == [5, 2]
+    alone, beside = api.verify(other, prompts=heldout), together.found[1]
+    assert isinstance(beside, PictureVerification)
+    assert beside.damage == alone.damage
+    assert beside.error_per_prompt == alone.error_per_prompt
     stranger = replace(other, model=replace(other.model, digest="sha256:" + "1" * 64))
     with pytest.raises(ModelMismatchError, match="digest"):
         api.compare([plan, stranger], prompts=heldout)

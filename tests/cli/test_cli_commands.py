@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -101,6 +101,12 @@ def quick_api(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, dict
     results |= dict.fromkeys(("profile", "merge", "load_profile"), profile_of(PLAN.model))
     for name, result in results.items():
         monkeypatch.setattr(api, name, stand_in(name, result))
+
+    def compare(plans: Sequence[Any], **kwargs: Any) -> api.Comparison:
+        calls["compare"] = {"args": (plans,), **kwargs}
+        return api.Comparison((VERIFIED,) * len(plans), ())
+
+    monkeypatch.setattr(api, "compare", compare)
     monkeypatch.chdir(tmp_path)
     write_plan(PLAN, "plan.json")
     return calls
