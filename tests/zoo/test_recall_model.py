@@ -18,7 +18,7 @@ from cacheplan.types import Budget, Entry, KVPlan, Site
 from cacheplan.verification import measure_damage
 from cacheplan.zoo import embedded_path, embedded_prompts
 from cacheplan.zoo.recall.grammar import BOS, Mixture, document, recall_prompt
-from cacheplan.zoo.recall.make_prompts import MIXTURE, QUESTIONS, SPLITS, record
+from cacheplan.zoo.recall.make_prompts import MIXTURE, QUESTIONS, SPLITS, asked, record, records
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +36,10 @@ def drawn(tokenizer: Any, words: int, count: int, folder: Path) -> list[Prompt]:
         lines.append(
             {"context": before.removeprefix(f"{BOS} "), "continuation": after, "answers": answers}
         )
+    return loaded_prompts(lines, tokenizer, folder)
+
+
+def loaded_prompts(lines: list[Any], tokenizer: Any, folder: Path) -> list[Prompt]:
     path = folder / "drawn.jsonl"
     path.write_text("\n".join(map(json.dumps, lines)))
     return load_prompts(path, tokenizer, split=0.8, limit=None, longest=2048)
@@ -95,11 +99,20 @@ def test_weights_are_small_enough_for_git() -> None:
 
 def test_shipped_prompts_are_those_of_their_seeds_and_disjoint() -> None:
     files = {name: embedded_prompts("recall", name).read_text().splitlines() for name in SPLITS}
-    for name, (seeds, context) in SPLITS.items():
-        assert len(files[name]) == len(seeds)
-        first = json.loads(json.dumps(record(seeds[0], context)))
-        assert json.loads(files[name][0]) == first
+    for name in SPLITS:
+        assert files[name] == [json.dumps(prompt) for prompt in records(name)]
     assert not set(files["calibration"]) & set(files["heldout"])
+
+
+def test_a_question_inside_is_all_but_its_last_word_in_the_context(
+    recall: Any, tmp_path: Path
+) -> None:
+    later = record(7, 400)
+    inside, whole = loaded_prompts([asked(later), later], recall.tokenizer, tmp_path)
+    (start, end), *_ = whole.answers
+    assert inside.context == whole.context + whole.continuation[: start - 1]
+    assert inside.continuation == whole.continuation[start - 1 : end + 1]
+    assert inside.answers == ((1, 1 + end - start),)
 
 
 def test_documents_have_the_length_asked_for() -> None:

@@ -17,6 +17,8 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
 
 PAD, BOS, UNK = "<pad>", "<bos>", "<unk>"
 
@@ -44,11 +46,48 @@ FILLER = (
     "children sang near bridge before evening came light grew thin boats left without sound snow"
 ).split()
 
-VOCABULARY = tuple(dict.fromkeys([PAD, BOS, UNK, *GLUE, *RELATIONS, *FILLER, *NAMES, *VALUES]))
-
-_chain = random.Random(1)
-_NEXT = {word: _chain.sample(FILLER, 4) for word in FILLER}
 _NEXT_WEIGHTS = (8, 4, 2, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Words:
+    """The open words of the language; its glue is the same in every vocabulary.
+
+    `chain` seeds the Markov chain from one filler word to the next.
+    """
+
+    relations: tuple[str, ...] = tuple(RELATIONS)
+    names: tuple[str, ...] = tuple(NAMES)
+    values: tuple[str, ...] = tuple(VALUES)
+    filler: tuple[str, ...] = tuple(FILLER)
+    chain: int = 1
+
+    @cached_property
+    def vocabulary(self) -> tuple[str, ...]:
+        words = [PAD, BOS, UNK, *GLUE, *self.relations, *self.filler, *self.names, *self.values]
+        return tuple(dict.fromkeys(words))
+
+    @cached_property
+    def next(self) -> dict[str, list[str]]:
+        """What may follow each filler word, likeliest first."""
+        rng = random.Random(self.chain)
+        return {word: rng.sample(self.filler, 4) for word in self.filler}
+
+
+WORDS = Words()
+
+
+def invented_words(seed: int) -> Words:
+    """A vocabulary of made-up words, as large as the first one: `banelo`, `tirusk` ..."""
+    rng = random.Random(seed)
+    sizes = [len(kind) for kind in (RELATIONS, NAMES, VALUES, FILLER)]
+    drawn: dict[str, None] = dict.fromkeys(GLUE)
+    while len(drawn) < len(GLUE) + sum(sizes):
+        syllables = (rng.choice("bdfgklmnprstvz") + rng.choice("aeiou") for _ in range(3))
+        drawn["".join(syllables) + rng.choice(["", "", "n", "sk", "l"])] = None
+    rest = iter(list(drawn)[len(GLUE) :])
+    relations, names, values, filler = (tuple(islice(rest, size)) for size in sizes)
+    return Words(relations=relations, names=names, values=values, filler=filler, chain=seed)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,12 +109,12 @@ class Mixture:
 class Document:
     """Words of one document, and for each word whether it can be answered from the text."""
 
-    def __init__(self, rng: random.Random, mixture: Mixture) -> None:
-        self.rng, self.mixture = rng, mixture
+    def __init__(self, rng: random.Random, mixture: Mixture, language: Words = WORDS) -> None:
+        self.rng, self.mixture, self.language = rng, mixture, language
         self.words: list[str] = [BOS]
         self.answer: list[bool] = [False]
         self.facts: dict[tuple[str, str], str] = {}
-        self._names = rng.sample(NAMES, mixture.names)
+        self._names = rng.sample(language.names, mixture.names)
 
     def __len__(self) -> int:
         return len(self.words)
@@ -85,9 +124,10 @@ class Document:
         self.answer += [answer] * len(words)
 
     def fact(self) -> None:
-        key = self.rng.choice(RELATIONS[: self.mixture.relations]), self.rng.choice(self._names)
+        relations = self.language.relations[: self.mixture.relations]
+        key = self.rng.choice(relations), self.rng.choice(self._names)
         if key not in self.facts:
-            self.facts[key] = self.rng.choice(VALUES)
+            self.facts[key] = self.rng.choice(self.language.values)
             self._say(["the", key[0], "of", key[1], "is", self.facts[key], "."])
 
     def question(self, key: tuple[str, str]) -> None:
@@ -96,13 +136,14 @@ class Document:
         self._say(["."])
 
     def filler(self) -> None:
-        words = [self.rng.choice(FILLER)]
+        words = [self.rng.choice(self.language.filler)]
         for _ in range(self.rng.randint(3, 11)):
-            words += self.rng.choices(_NEXT[words[-1]], _NEXT_WEIGHTS)
+            words += self.rng.choices(self.language.next[words[-1]], _NEXT_WEIGHTS)
         self._say([*words, "."])
 
     def copy(self) -> None:
-        segment = self.rng.choices([*NAMES, *VALUES, *FILLER], k=self.rng.randint(4, 10))
+        open_words = [*self.language.names, *self.language.values, *self.language.filler]
+        segment = self.rng.choices(open_words, k=self.rng.randint(4, 10))
         self._say(["copy", ":", *segment, "again", ":"])
         self._say(segment[:1])  # the first word cannot be known from its left neighbour alone
         self._say(segment[1:], answer=True)
@@ -120,12 +161,15 @@ class Document:
             self.filler()
 
 
-def document(rng: random.Random, length: int, mixture: Mixture) -> tuple[list[str], list[bool]]:
+def document(
+    rng: random.Random, length: int, mixture: Mixture, language: Words = WORDS
+) -> tuple[list[str], list[bool]]:
     """Draw a document of exactly `length` words; return its words and its answer flags."""
-    doc = Document(rng, mixture)
+    doc = Document(rng, mixture, language)
     if rng.random() < mixture.copied:
         while len(doc) < length:
-            segment = rng.choices(VOCABULARY[3:], k=rng.randint(8, max(8, min(48, length // 2))))
+            size = rng.randint(8, max(8, min(48, length // 2)))
+            segment = rng.choices(language.vocabulary[3:], k=size)
             doc._say(segment)
             doc._say(segment[:2])
             doc._say(segment[2:], answer=True)
@@ -136,14 +180,18 @@ def document(rng: random.Random, length: int, mixture: Mixture) -> tuple[list[st
 
 
 def recall_prompt(
-    rng: random.Random, context: int, questions: int, mixture: Mixture
+    rng: random.Random,
+    context: int,
+    questions: int,
+    mixture: Mixture,
+    language: Words = WORDS,
 ) -> tuple[str, str, list[tuple[int, int]]]:
     """Draw one evaluation prompt: a context, then questions on different facts of it.
 
     Returns the context text, the continuation text and the character span of each answer in
     the continuation.
     """
-    doc = Document(rng, mixture)
+    doc = Document(rng, mixture, language)
     while len(doc) < context or len(doc.facts) < questions:
         doc.sentence()
     chosen = rng.sample(list(doc.facts), questions)
@@ -152,10 +200,15 @@ def recall_prompt(
         doc.question(key)
         if rng.random() < 0.5:
             doc.filler()
-    words, flags = doc.words[start:], doc.answer[start:]
+    words = doc.words[start:]
+    return " ".join(doc.words[:start]), " ".join(words), answer_spans(words, doc.answer[start:])
+
+
+def answer_spans(words: list[str], flags: list[bool]) -> list[tuple[int, int]]:
+    """The character span of every answered word in the words joined by blanks."""
     spans, at = [], 0
     for word, is_answer in zip(words, flags, strict=True):
         if is_answer:
             spans.append((at, at + len(word)))
         at += len(word) + 1
-    return " ".join(doc.words[:start]), " ".join(words), spans
+    return spans

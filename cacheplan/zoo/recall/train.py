@@ -1,6 +1,7 @@
 """Train the embedded recall model and write it as an ordinary `transformers` folder.
 
     python -m cacheplan.zoo.recall.train OUT [--seed 0]
+    python -m cacheplan.zoo.recall.train OUT --seed 7 --shape qwen3 --invented-words 7 --last 1.5e6
 
 The curriculum starts with copied segments, from which induction heads grow, then one relation
 per name, then all relations, then long documents.  A drill ends as soon as it is mastered.  The
@@ -12,16 +13,24 @@ from __future__ import annotations
 import argparse
 import random
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from cacheplan.zoo.recall.grammar import BOS, PAD, UNK, VOCABULARY, Mixture, document
-
-IDS = {word: i for i, word in enumerate(VOCABULARY)}
+from cacheplan.zoo.recall.grammar import (
+    BOS,
+    PAD,
+    UNK,
+    WORDS,
+    Mixture,
+    Words,
+    document,
+    invented_words,
+)
 
 
 @dataclass(frozen=True)
@@ -48,27 +57,59 @@ PEAK_RATE, FINAL_RATE, WARMUP_TOKENS = 2e-3, 2e-5, 4e5
 ANSWER_WEIGHT, OTHER_WEIGHT = 1.6, 0.2
 
 
-def config() -> Any:
-    from transformers import LlamaConfig
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """What kind of decoder is trained, and how large it is."""
 
-    return LlamaConfig(
-        vocab_size=len(VOCABULARY),
-        hidden_size=192,
-        intermediate_size=384,
-        num_hidden_layers=6,
-        num_attention_heads=6,
-        num_key_value_heads=3,
-        head_dim=32,
+    kind: str
+    layers: int
+    width: int
+    mlp: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+
+
+SHAPES = {
+    "llama": Shape(kind="llama", layers=6, width=192, mlp=384, heads=6, kv_heads=3, head_dim=32),
+    "qwen3": Shape(kind="qwen3", layers=4, width=160, mlp=320, heads=4, kv_heads=2, head_dim=40),
+}
+
+
+def shortened(curriculum: Sequence[Stage], tokens: float) -> list[Stage]:
+    """The curriculum with `tokens` in each of its last, long stages."""
+    last = [replace(stage, tokens=tokens) for stage in curriculum[-COOLDOWN:]]
+    return [*curriculum[:-COOLDOWN], *last]
+
+
+def numbers(language: Words) -> dict[str, int]:
+    """The token id of every word."""
+    return {word: i for i, word in enumerate(language.vocabulary)}
+
+
+def config(shape: Shape, language: Words) -> Any:
+    from transformers import AutoConfig
+
+    ids = numbers(language)
+    return AutoConfig.for_model(
+        shape.kind,
+        vocab_size=len(ids),
+        hidden_size=shape.width,
+        intermediate_size=shape.mlp,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
         max_position_embeddings=2048,
         rope_theta=10000.0,
         tie_word_embeddings=True,
-        pad_token_id=IDS[PAD],
-        bos_token_id=IDS[BOS],
+        pad_token_id=ids[PAD],
+        bos_token_id=ids[BOS],
         eos_token_id=None,
     )
 
 
-def tokenizer() -> Any:
+def tokenizer(language: Words) -> Any:
     """A fast word-level tokenizer over the grammar's vocabulary."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
@@ -76,43 +117,48 @@ def tokenizer() -> Any:
     from tokenizers.processors import TemplateProcessing
     from transformers import PreTrainedTokenizerFast
 
-    words = Tokenizer(WordLevel(IDS, unk_token=UNK))
+    ids = numbers(language)
+    words = Tokenizer(WordLevel(ids, unk_token=UNK))
     words.pre_tokenizer = WhitespaceSplit()
-    words.post_processor = TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, IDS[BOS])])
+    words.post_processor = TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, ids[BOS])])
     return PreTrainedTokenizerFast(
         tokenizer_object=words, pad_token=PAD, bos_token=BOS, unk_token=UNK, padding_side="left"
     )
 
 
-def batch(rng: random.Random, stage: Stage) -> tuple[Tensor, Tensor]:
+def batch(rng: random.Random, stage: Stage, language: Words) -> tuple[Tensor, Tensor]:
     """Draw token ids and answer flags, both of shape `[B, T]`."""
+    ids = numbers(language)
     drawn = [
-        document(rng, stage.length, stage.mixture) for _ in range(BATCH_TOKENS // stage.length)
+        document(rng, stage.length, stage.mixture, language)
+        for _ in range(BATCH_TOKENS // stage.length)
     ]
-    ids = torch.tensor([[IDS[w] for w in words] for words, _ in drawn])
-    return ids, torch.tensor([flags for _, flags in drawn])
+    tokens = torch.tensor([[ids[w] for w in words] for words, _ in drawn])
+    return tokens, torch.tensor([flags for _, flags in drawn])
 
 
-def train(seed: int) -> Any:
+def train(
+    seed: int, shape: Shape, language: Words, curriculum: Sequence[Stage] = CURRICULUM
+) -> Any:
     """Run the curriculum; returns the trained model in float32."""
-    from transformers import LlamaForCausalLM
+    from transformers import AutoModelForCausalLM
 
     torch.manual_seed(seed)
     rng = random.Random(seed)
-    model = LlamaForCausalLM(config())
+    model = AutoModelForCausalLM.from_config(config(shape, language))
     forward: Any = torch.compile(model, dynamic=False)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=PEAK_RATE, betas=(0.9, 0.98), weight_decay=0.05
     )
     seen, started, step = 0, time.time(), 0
-    cooldown, cooled = sum(stage.tokens for stage in CURRICULUM[-COOLDOWN:]), 0.0
-    for number, stage in enumerate(CURRICULUM):
+    cooldown, cooled = sum(stage.tokens for stage in curriculum[-COOLDOWN:]), 0.0
+    for number, stage in enumerate(curriculum):
         read, right = 0, 0.0
         while read < stage.tokens and right < stage.mastered:
             rate = PEAK_RATE * min(1.0, seen / WARMUP_TOKENS) * (1 - cooled / cooldown)
             for group in optimizer.param_groups:
                 group["lr"] = rate + FINAL_RATE
-            ids, answers = batch(rng, stage)
+            ids, answers = batch(rng, stage, language)
             logits = forward(input_ids=ids, use_cache=False).logits[:, :-1]
             target, asked = ids[:, 1:], answers[:, 1:]
             loss = torch.nn.functional.cross_entropy(
@@ -124,7 +170,7 @@ def train(seed: int) -> Any:
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             seen, read, step = seen + ids.numel(), read + ids.numel(), step + 1
-            if number >= len(CURRICULUM) - COOLDOWN:
+            if number >= len(curriculum) - COOLDOWN:
                 cooled += ids.numel()
             recall = (logits.argmax(-1) == target)[asked].float().mean().item()
             right += 0.02 * (recall - right)
@@ -142,10 +188,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("out", type=Path)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--shape", choices=SHAPES, default="llama")
+    parser.add_argument("--invented-words", type=int, metavar="SEED")
+    parser.add_argument("--last", type=float, default=4e6, help="words in each of the last stages")
     arguments = parser.parse_args()
-    model = train(arguments.seed)
+    made_up = arguments.invented_words
+    language = WORDS if made_up is None else invented_words(made_up)
+    curriculum = shortened(CURRICULUM, arguments.last)
+    model = train(arguments.seed, SHAPES[arguments.shape], language, curriculum)
     model.save_pretrained(arguments.out)
-    tokenizer().save_pretrained(arguments.out)
+    tokenizer(language).save_pretrained(arguments.out)
 
 
 if __name__ == "__main__":
