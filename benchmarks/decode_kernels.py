@@ -7,8 +7,9 @@ sequence.  Every variant is first compared with float64 on some of its rows; one
 no time.  Calls go round sets of caches that together exceed the L2 cache several times.  Per round
 each variant is timed once, in alternating order; times are medians over rounds of replayed CUDA
 graphs, ratios medians of the rounds' own.  "20 %" keeps a fifth of the tokens, unevenly over heads.
-Quantised variants keep the latest 128 tokens in 16 bits.  Without a GPU, --interpreter compares
-small sizes with float64 and times nothing.
+Quantised variants keep the latest 128 tokens in 16 bits.  Beside them stand transformers' quantised
+caches, which unpack all tokens at every step; those whose package is missing are named.  Without a
+GPU, --interpreter compares small sizes with float64 and times nothing.
 """
 
 from __future__ import annotations
@@ -21,180 +22,33 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import scaled_dot_product_attention
+from decode_variants import (
+    FLASH,
+    FULL,
+    HKV,
+    OURS,
+    THEIRS,
+    Call,
+    D,
+    Variant,
+    flash,
+    inputs,
+    ours,
+    theirs,
+)
 
 from cacheplan.environment import environment
-from cacheplan.kernels.decode_attention import naive
-from cacheplan.kernels.decode_attention.segments import Segment, divide
-from cacheplan.kernels.quantize.packed import Format, Packed
 
-HKV, GROUP, D = 8, 4, 128
-SCALE = D**-0.5
 BATCHES, CONTEXTS = (1, 8, 32), (8192, 32768, 131072)
-SHARES = (0.05, 0.05, 0.1, 0.1, 0.15, 0.2, 0.35, 0.6)  # of the tokens, by head; 0.2 on average
-RECENT = 128
 ROUNDS = 5
 TOLERANCE = 5e-3  # relative in the norm: operands of products are 16-bit
 BUDGET = 400.0  # seconds after which the remaining shapes are skipped
-
-K4, V4 = Format("int4", "channel", 64), Format("int4", "token")
-K2, V2 = Format("int2", "channel", 64), Format("int2", "token", 64)
-FP8 = Format("fp8", "token")
-FULL, FLASH, QUANTO = "ours bf16", "SDPA flash", "transformers quanto int4"
-OURS = {  # share of the tokens, formats of keys and values
-    FULL: (1.0, None, None),
-    "ours 20 %": (0.2, None, None),
-    "ours 20 % int4": (0.2, K4, V4),
-    "ours int4": (1.0, K4, V4),
-    "ours int2": (1.0, K2, V2),
-    "ours fp8": (1.0, FP8, FP8),
-}
-
-Call = Callable[[], Tensor]
-
-
-@dataclass(frozen=True)
-class Variant:
-    """Calls on different memory, the bytes that one reads, and its error if it is compared."""
-
-    calls: list[Call]
-    counted: int
-    error: float | None
-
-
-def kept_lengths(B: int, L: int, share: float) -> list[int]:
-    """Tokens per row, multiples of 64."""
-    shares = [1.0] * HKV if share == 1 else SHARES
-    return [64 * max(1, round(part * L / 64)) for _ in range(B) for part in shares]
-
-
-def random_pool(N: int, format: Format | None, device: str, dtype: torch.dtype) -> Tensor | Packed:
-    """N tokens: random numbers, or random codes whose numbers are of the same size."""
-    if format is None:
-        return torch.randn(N, D, device=device, dtype=dtype)
-    codes = torch.randint(0, 256, (N, D // format.planes), device=device, dtype=torch.uint8)
-    group = format.group or D
-    shape = (N // group, D) if format.axis == "channel" else (N, D // group)
-    noise = 0.75 + 0.5 * torch.rand(shape, device=device)
-    if format.number == "fp8":
-        codes &= 0xBF  # below 2: no NaN, and of ordinary size
-        return Packed(codes, noise.half(), None, None, format)
-    scale = (noise * 3.5 / format.levels).half()
-    zero = (-1.75 * noise).half()
-    return Packed(codes, scale, zero, None, format)
-
-
-def storage(pool: Tensor | Packed) -> int:
-    return pool.nbytes if isinstance(pool, Packed) else pool.numel() * pool.element_size()
-
-
-def random_segments(B: int, L: int, name: str, device: str, dtype: torch.dtype) -> list[Segment]:
-    share, key, value = OURS[name]
-    lengths = kept_lengths(B, L, share)
-    parts = [(lengths, key, value)]
-    if key is not None:
-        parts = [([n - min(n, RECENT) for n in lengths], key, value)]
-        parts.append(([min(n, RECENT) for n in lengths], None, None))
-    segments = []
-    for own, k, v in parts:
-        starts = [sum(own[:r]) for r in range(len(own))]
-        keys, values = (random_pool(sum(own), format, device, dtype) for format in (k, v))
-        offsets, counts = torch.tensor([starts, own], dtype=torch.int32, device=device)
-        segments.append(Segment(keys, values, offsets, counts))
-    return segments
-
-
-def row_error(found: Tensor, query: Tensor, segments: list[Segment]) -> float:
-    """Relative error against float64 of the first, a middle and the last row."""
-    rows = len(segments[0].lengths)
-    worst = 0.0
-    for r in (0, rows // 2, rows - 1):
-        own = [
-            Segment(s.keys, s.values, s.offsets[r : r + 1], s.lengths[r : r + 1]) for s in segments
-        ]
-        folded = query.double().view(rows, GROUP, D)[r : r + 1]
-        expected = naive.decode_attention(folded, own, scale=SCALE)
-        off = found.double().reshape(rows, GROUP, D)[r : r + 1] - expected
-        error = float(off.norm() / expected.norm())
-        worst = error if math.isnan(error) else max(worst, error)
-    return worst
-
-
-def inputs(
-    B: int, L: int, name: str, sets: int, device: str, dtype: torch.dtype
-) -> list[tuple[Tensor, list[Segment]]]:
-    """Queries and caches on different memory."""
-    return [
-        (
-            torch.randn(B, HKV * GROUP, D, device=device).to(dtype),
-            random_segments(B, L, name, device, dtype),
-        )
-        for _ in range(sets)
-    ]
-
-
-def variant(given: list[tuple[Tensor, list[Segment]]], calls: list[Call]) -> Variant:
-    query, segments = given[-1]
-    counted = sum(storage(s.keys) + storage(s.values) for s in segments)
-    return Variant(calls, counted, row_error(calls[-1](), query, segments))
-
-
-def ours(given: list[tuple[Tensor, list[Segment]]], processors: int) -> Variant:
-    from cacheplan.kernels.decode_attention import triton
-
-    calls: list[Call] = []
-    for query, segments in given:
-        lengths = [segment.lengths.tolist() for segment in segments]
-        work = divide(lengths, processors=processors, device=query.device)
-        calls.append(partial(triton.decode_attention, query, segments, work, scale=SCALE))
-    return variant(given, calls)
-
-
-def flash(given: list[tuple[Tensor, list[Segment]]]) -> Variant:
-    """torch's flash kernel on full caches; pinned, as it else falls to a slow one silently."""
-    calls: list[Call] = []
-    for query, (whole,) in given:
-        assert isinstance(whole.keys, Tensor)
-        assert isinstance(whole.values, Tensor)
-        shape = query.shape[0], HKV, -1, D
-        keys, values = whole.keys.view(shape), whole.values.view(shape)
-        calls.append(partial(pinned_flash, query[:, :, None], keys, values))
-    return variant(given, calls)
-
-
-def pinned_flash(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-        return scaled_dot_product_attention(query, keys, values, scale=SCALE, enable_gqa=True)
-
-
-def quanto(B: int, L: int) -> Variant:
-    """A step of transformers' quantised cache: it dequantises all tokens, then runs flash."""
-    from transformers.cache_utils import QuantoQuantizedLayer
-
-    layer = QuantoQuantizedLayer(nbits=4, axis_key=0, axis_value=0)
-    full = [torch.randn(B, HKV, L, D, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
-    layer.update(*full)
-    del full
-    new = [torch.randn(B, HKV, 1, D, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
-    query = torch.randn(B, HKV * GROUP, 1, D, device="cuda", dtype=torch.bfloat16)
-    layer.update(*new)
-    recent = layer.keys, layer.values
-
-    def call() -> Tensor:
-        layer.keys, layer.values = recent  # every call adds the same token
-        return pinned_flash(query, *layer.update(*new))
-
-    return Variant([call], B * HKV * L * D, None)  # its numbers are known to it alone
 
 
 def microseconds(run: Callable[[], object], calls: int) -> float:
@@ -252,20 +106,24 @@ def measure(B: int, L: int, copy: float) -> list[dict[str, Any]]:
         variants[name] = ours(given, device.multi_processor_count)
         if name == FULL:
             variants[FLASH] = flash(given)
-    try:
-        variants[QUANTO] = quanto(B, L)
-    except (ImportError, RuntimeError) as error:  # not installed, out of memory
-        notes[QUANTO] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+    for name in THEIRS:
+        found = theirs(B, L, name, "cuda", torch.bfloat16)
+        if isinstance(found, str):
+            notes[name] = found
+        else:
+            variants[name] = found
     right = {
         name: own for name, own in variants.items() if own.error is None or own.error < TOLERANCE
     }
     eager = rounds({name: (every(own.calls), len(own.calls)) for name, own in right.items()})
     graphs = {
-        name: (captured(own.calls), len(own.calls)) for name, own in right.items() if name != QUANTO
+        name: (captured(own.calls), len(own.calls))
+        for name, own in right.items()
+        if name not in THEIRS  # they allocate as they go
     }
     graph = eager | rounds(graphs)
     rows: list[dict[str, Any]] = []
-    for name in (FLASH, *OURS, QUANTO):
+    for name in (FLASH, *OURS, *THEIRS):
         row: dict[str, Any] = {"batch": B, "context": L, "variant": name}
         if name in notes:
             rows.append(row | {"note": notes[name]})
@@ -303,14 +161,28 @@ def copy_bandwidth() -> float:
 
 
 def interpreted() -> list[dict[str, Any]]:
-    """Every variant of ours at a small size in Triton's interpreter, against float64."""
-    rows = []
-    for name in OURS:
-        given = inputs(2, 1280, name, 1, "cpu", torch.float16)
-        found = ours(given, processors=4)
-        row = {"batch": 2, "context": 1280, "variant": name, "error": found.error}
-        rows.append(row | {"bytes": found.counted})
-        print(f"{name:<16} relative error {found.error:.1e}, {found.counted} bytes", flush=True)
+    """Every variant at a small size on the CPU, ours in Triton's interpreter, against float64."""
+    B, L, dtype = 2, 1280, torch.float16
+    rows: list[dict[str, Any]] = []
+    for name in (FLASH, *OURS, *THEIRS):
+        found: Variant | str
+        if name in THEIRS:
+            found = theirs(B, L, name, "cpu", dtype)
+        else:
+            given = inputs(B, L, FULL if name == FLASH else name, 1, "cpu", dtype)
+            found = flash(given) if name == FLASH else ours(given, processors=4)
+        row: dict[str, Any] = {"batch": B, "context": L, "variant": name}
+        if isinstance(found, str):
+            words, row = found, row | {"note": found}
+        else:
+            words, row = f"{found.counted} bytes", row | {"bytes": found.counted}
+            if found.error is not None:
+                words, row = (
+                    f"{words}, relative error {found.error:.1e}",
+                    row | {"error": found.error},
+                )
+        rows.append(row)
+        print(f"{name:<25} {words}", flush=True)
     return rows
 
 
@@ -350,9 +222,9 @@ def main() -> None:
     torch.manual_seed(0)
     report = environment() | {"triton": version("triton"), "seed": 0}
     if arguments.interpreter:
-        print("Triton's interpreter on the CPU: errors only, no times.")
-        report |= {"interpreter": True, "rows": interpreted()}
-        wrong = [row["variant"] for row in report["rows"] if not row["error"] < TOLERANCE]
+        print("No GPU is used: Triton's interpreter on the CPU, errors only, no times.")
+        report |= {"gpu": None, "interpreter": True, "rows": interpreted()}
+        wrong = [row["variant"] for row in report["rows"] if not row.get("error", 0) < TOLERANCE]
     elif not torch.cuda.is_available():
         print("Decode attention is timed on a GPU; torch finds no CUDA here.", file=sys.stderr)
         raise SystemExit(2)

@@ -58,18 +58,21 @@ MAY_IMPORT = {
     "drawing": ALL | INPUTS,
     "verification": ALL,
     "picture_verification": ALL | INPUTS,
-    "picture_refinement": ALL,
+    "picture_weights": GROUND,
+    "picture_refinement": ALL | {"picture_weights"},
     "cache_refinement": ALL,
     "language": ALL | INPUTS | WORK,
     "diffusion": ALL | INPUTS | WORK,
     "zoo": ALL,
     "api": API,
-    "frontier": GROUND | {"api"},
+    "frontier": GROUND | {"api", "recipes"},
+    "intervals": set(),
     "": API,  # the package itself: names that are loaded on first use
     "__main__": {"cli"},
     "cli": GROUND
-    | {"plans", "recipes", "budget", "readings_bits", "api"}
-    | {"picture_inputs", "picture_grid", "verification", "picture_verification", "frontier"},
+    | {"plans", "kernels", "recipes", "budget", "readings_bits", "api"}
+    | {"picture_inputs", "picture_grid", "verification", "picture_verification", "frontier"}
+    | {"intervals"},
 }
 
 

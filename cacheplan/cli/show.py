@@ -1,4 +1,4 @@
-"""`cacheplan show`: a plan or a profile as a map."""
+"""`cacheplan show`: a plan or a profile as a map, or what a device would run."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import typer
 
 from cacheplan import api
 from cacheplan.cli.bit_words import bit_map, sum_lines
+from cacheplan.cli.device import show_device
 from cacheplan.cli.facts import model_words, plan_words, profile_facts, profile_words
 from cacheplan.cli.feature_map import feature_map, sensitivity_lines
 from cacheplan.cli.feature_map import legend as feature_legend
@@ -34,6 +35,14 @@ def show(
         Path | None,
         typer.Option("--png", metavar="FILE", help="Also draw a plan's map into a picture."),
     ] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help='Instead of a file: what every operation runs on a device, and why ("auto": the '
+            "GPU if there is one).",
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Show a plan or a profile as a map: of layers x heads, or of blocks x steps.
@@ -43,7 +52,13 @@ def show(
       cacheplan show plan.json
       cacheplan show plan.json --png plan.png
       cacheplan show profile.safetensors
+      cacheplan show --device auto
     """
+    if device is not None:
+        if path is not None or png is not None:
+            raise InputError("--device shows a device instead of a file: leave the file out.")
+        show_device(device, as_json=as_json)
+        return
     if path is None:
         path = PROFILE if PROFILE.exists() and not PLAN.exists() else PLAN
     if _holds_profile(path):

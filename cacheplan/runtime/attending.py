@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 
 from cacheplan.adapters.attention import Step
@@ -20,25 +19,11 @@ def attend(rows: RaggedRows | TieredRows | MixedRows, step: Step) -> tuple[Tenso
     """Attend to rows that hold the new tokens already; `[B, T, H, Dv]`, and how, in words."""
     if isinstance(rows, MixedRows):
         return _mixed(rows, step)
-    single = step.query.shape[2] == 1 and step.valid is None and step.softcap is None
-    int8 = rows.int8_rows() if isinstance(rows, TieredRows) and single else None
-    if int8 is not None and step.sinks is None:
-        query = step.query[:, :, 0].bfloat16()
-        products = cpu_int8.decode_attention(query, int8, scale=step.scale)
-        return products[:, None].to(step.query.dtype), "int8 products"
-    if isinstance(rows, TieredRows) and single and int8 is None:
-        found = dispatch.decode_attention(
-            step.query[:, :, 0],
-            rows.segments(),
-            lambda: _work(rows),
-            scale=step.scale,
-            sinks=step.sinks,
-        )
-        words = "Triton" if dispatch.path(step.query.device) == "triton" else "plain torch"
-        return found[:, None], f"packed attention in {words}"
-    how = "unpacked SDPA" if isinstance(rows, TieredRows) else "ragged SDPA per head"
-    if isinstance(rows, RaggedRows) and rows.rectangular:
-        how = "SDPA over all rows"
+    if step.query.shape[2] == 1 and step.valid is None:
+        found = _single(rows, step)
+        if found is not None:
+            return found
+    how = _words(rows, step)
     if step.valid is None:
         return _over(rows, range(rows.batch), step.query, step), how
     B, H, T, _ = step.query.shape
@@ -50,6 +35,41 @@ def attend(rows: RaggedRows | TieredRows | MixedRows, step: Step) -> tuple[Tenso
     for b, tokens in enumerate(step.valid):
         out[b, tokens] = parts[b]
     return out, how
+
+
+def _single(rows: RaggedRows | TieredRows, step: Step) -> tuple[Tensor, str] | None:
+    """One new token per text by a kernel for it; None where there is none that is better."""
+    query, plain = step.query[:, :, 0], step.sinks is None and step.softcap is None
+    if isinstance(rows, TieredRows) and (int8 := rows.int8_rows()) is not None:
+        if not plain:
+            return None
+        products = cpu_int8.decode_attention(query.bfloat16(), int8, scale=step.scale)
+        return products[:, None].to(query.dtype), "int8 products"
+    segments = rows.segments()
+    triton = dispatch.path(query, segments) == "triton"
+    if isinstance(rows, RaggedRows) and (
+        not triton  # on a CPU nothing beats a call for each row
+        or (rows.rectangular and plain and rows.bias is None)  # one call reads all rows
+    ):
+        return None
+    found = dispatch.decode_attention(
+        query,
+        segments,
+        lambda: _work(rows),
+        scale=step.scale,
+        sinks=step.sinks,
+        softcap=step.softcap,
+    )
+    kind = "ragged" if isinstance(rows, RaggedRows) else "packed"
+    return found[:, None], f"{kind} attention in {'Triton' if triton else 'plain torch'}"
+
+
+def _words(rows: RaggedRows | TieredRows, step: Step) -> str:
+    """How `_over` attends."""
+    way = "SDPA" if step.sinks is None and step.softcap is None else "plain torch"
+    if isinstance(rows, TieredRows):
+        return f"unpacked {way}"
+    return f"{way} over all rows" if rows.rectangular else f"ragged {way} per head"
 
 
 def _over(rows: RaggedRows | TieredRows, entries: range, query: Tensor, step: Step) -> Tensor:
@@ -75,25 +95,26 @@ def _over(rows: RaggedRows | TieredRows, entries: range, query: Tensor, step: St
 
 def _mixed(rows: MixedRows, step: Step) -> tuple[Tensor, str]:
     """Each part's kv heads with the query heads that read them."""
-    B, H, T, _ = step.query.shape
-    group, found, ways = H // rows.heads, [], []
-    for heads, part in rows.parts:
-        queries = [h * group + g for h in heads for g in range(group)]
-        sinks = None if step.sinks is None else step.sinks[queries]
-        output, how = attend(part, replace(step, query=step.query[:, queries], sinks=sinks))
-        found.append((queries, output))
-        ways.append(how)
-    out = step.query.new_zeros(B, T, H, found[0][1].shape[-1])
-    for queries, output in found:
-        out[:, :, queries] = output
-    return out, " and ".join(dict.fromkeys(ways))
+    B, H, T, D = step.query.shape
+    group = H // rows.heads
+    queries = step.query.view(B, rows.heads, group, T, D)
+    sinks = None if step.sinks is None else step.sinks.view(rows.heads, group)
+    out, ways = step.query.new_empty(0), dict[str, None]()
+    for heads, (_, part) in zip(rows.places, rows.parts, strict=True):
+        own = None if sinks is None else sinks[heads].flatten()
+        found, how = attend(part, replace(step, query=queries[:, heads].flatten(1, 2), sinks=own))
+        found = found.view(B, T, len(heads), group, -1)
+        if not ways:
+            out = found.new_empty(B, T, rows.heads, *found.shape[3:])
+        out[:, :, heads] = found
+        ways[how] = None
+    return out.flatten(2, 3), " and ".join(ways)
 
 
-def _work(rows: TieredRows) -> Work:
+def _work(rows: RaggedRows | TieredRows) -> Work:
     """How a GPU divides a step; it serves until the rows outgrow their room."""
-    capacity = [*(tuple(tier.lengths) for tier in rows.tiers), tuple(rows.exact.capacity)]
-    if rows.work is None or rows.work[0] != capacity:
-        device = rows.exact.keys.device
-        processors = torch.cuda.get_device_properties(device).multi_processor_count
-        rows.work = capacity, divide(capacity, processors=processors, device=device)
+    if rows.work is None or rows.work[0] != rows.room:
+        device = rows.segments()[0].lengths.device
+        count = dispatch.processors(device)
+        rows.work = rows.room, divide(rows.room, processors=count, device=device)
     return rows.work[1]

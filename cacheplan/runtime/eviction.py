@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cacheplan.errors import UnsupportedError
-from cacheplan.kernels.column_sums.naive import column_sums
+from cacheplan.kernels.column_sums.dispatch import column_sums
 from cacheplan.runtime.rows import RaggedRows
 from cacheplan.scorers.merging import fold
 from cacheplan.scorers.scores import Rotary, Seen, score

@@ -147,7 +147,8 @@ class PlanLayer(AttendingLayer):
     def _attention(self, rows: RaggedRows | MixedRows, step: Step) -> Tensor:
         whole = self._whole and step.valid is None
         if whole and isinstance(rows, RaggedRows) and rows.rectangular:
-            self.path = "dense SDPA"
+            plain = step.sinks is None and step.softcap is None
+            self.path = "dense SDPA" if plain else "dense plain torch"
             return causal_attention(step, *rows.dense())
         output, self.path = attend(rows, step)
         return output

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor
 
 from cacheplan.plans.storage import in_few_bits
@@ -22,9 +23,11 @@ class MixedRows:
     def __init__(self, rows: RaggedRows, groups: Groups, kept: Mapping[int, Tensor]) -> None:
         """Divide a layer's rows; `kept` are those tokens that stay of rows that demote others."""
         self.batch, self.heads = rows.batch, rows.heads
+        self.places: list[Tensor] = []  # the heads of each part, where they are needed
         self.parts: list[tuple[list[int], RaggedRows | TieredRows]] = []
         for heads, action in _by_storage(groups):
             own = rows.of_heads(heads)
+            self.places.append(torch.tensor(heads, device=rows.keys.device))
             if not in_few_bits(action):
                 self.parts.append((heads, own))
                 continue
@@ -72,7 +75,7 @@ class MixedRows:
         }
 
     def append(self, key: Tensor, value: Tensor, valid: list[Tensor] | None = None) -> None:
-        for heads, part in self.parts:
+        for heads, (_, part) in zip(self.places, self.parts, strict=True):
             part.append(key[:, heads], value[:, heads], valid)
 
     def drop_newest(self, tokens: int) -> None:

@@ -9,6 +9,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from cacheplan.kernels.compact import dispatch as compact
+from cacheplan.kernels.decode_attention.segments import Segment, Work
 from cacheplan.plans.rows import SLACK
 from cacheplan.scorers.merging import Row
 
@@ -20,7 +22,12 @@ class RaggedRows:
     tokens a row at a time, so most steps write only the new tokens, in place.  Optional pools of
     one float32 number per token move along, 0 for new tokens: `state` (accumulated scores) and
     `bias` (added to the token's logit: the log of how many were merged into it).
+
+    Where rows lie is known to the host (`offsets`, `lengths`) and, for kernels, to the device: a
+    step that takes no new room tells it nothing.  `work` is the division of a GPU's last step.
     """
+
+    work: tuple[list[tuple[int, ...]], Work] | None = None
 
     def __init__(self, key: Tensor, value: Tensor, valid: list[Tensor] | None = None) -> None:
         """Take keys `[B, K, S, D]` and values `[B, K, S, Dv]` as B * K rows.
@@ -29,20 +36,32 @@ class RaggedRows:
         """
         B, K, S, _ = key.shape
         self.batch, self.heads = B, K
-        self.keys, self.values = _flat(key, valid), _flat(value, valid)
+        self.keys, self.values = _flat(key, valid).contiguous(), _flat(value, valid).contiguous()
         self.state: Tensor | None = None
         self.bias: Tensor | None = None
         counts = [S] * B if valid is None else [len(tokens) for tokens in valid]
-        self._exact([count for count in counts for _ in range(K)])
+        lengths = [count for count in counts for _ in range(K)]
+        self._place(lengths, lengths)
+        self.appended = [0] * B  # tokens since the pools were exact, the most there have been
 
-    def _exact(self, lengths: list[int]) -> None:
-        """The pools hold these rows and nothing else."""
-        self.lengths, self.capacity = lengths, list(lengths)
-        self.offsets = _starts(lengths)
-        self._ends = torch.tensor(
-            [o + n for o, n in zip(self.offsets, lengths, strict=True)], device=self.keys.device
-        )
-        self.appended = [0] * self.batch  # tokens since then, the most there have been
+    def _place(self, lengths: list[int], capacity: list[int]) -> None:
+        """The rows lie one after the other, each at the start of its room."""
+        self.lengths, self.capacity, self.offsets = lengths, list(capacity), _starts(capacity)
+        places = torch.tensor([self.offsets, lengths], dtype=torch.int32)
+        self._offsets, self._lengths = places.to(self.keys.device)
+
+    @property
+    def segment(self) -> Segment:
+        """The pools as kernels read them; while no room is taken, its tensors stay in place."""
+        return Segment(self.keys, self.values, self._offsets, self._lengths, self.bias)
+
+    def segments(self) -> list[Segment]:
+        return [self.segment]
+
+    @property
+    def room(self) -> list[tuple[int, ...]]:
+        """The most tokens that the rows of each segment can hold as they lie."""
+        return [tuple(self.capacity)]
 
     @property
     def nbytes(self) -> int:
@@ -80,8 +99,8 @@ class RaggedRows:
         rows = [b * self.heads + h for b in range(self.batch) for h in heads]
         own.heads = len(heads)
         lengths = [self.lengths[r] for r in rows]
-        own._gather(_spans([self.offsets[r] for r in rows], lengths, self.keys.device))
-        own._exact(lengths)
+        own._move([self.offsets[r] for r in rows], lengths, lengths)
+        own.appended = [0] * self.batch
         return own
 
     def numbers(self, entries: range) -> tuple[Tensor, Tensor, list[int], list[int]]:
@@ -119,25 +138,33 @@ class RaggedRows:
         new = [count for count in counts for _ in range(self.heads)]
         if any(n + t > c for n, t, c in zip(self.lengths, new, self.capacity, strict=True)):
             self._grow(counts)
-        if valid is None:
-            place = (self._ends[:, None] + torch.arange(T, device=self._ends.device)).flatten()
-        else:
-            place = _spans(self._ends.tolist(), new, self._ends.device)
-        self.keys[place] = _flat(key, valid)
-        self.values[place] = _flat(value, valid)
         for pool in (self.state, self.bias):
             if pool is not None:
-                pool[place] = 0.0
+                pool[self._next(new)] = 0.0
+        if valid is None:
+            where = {"offsets": self._offsets, "lengths": self._lengths}
+            compact.append(self.keys, self.values, key.flatten(0, 1), value.flatten(0, 1), **where)
+        else:
+            place = self._next(new)
+            self.keys[place], self.values[place] = _flat(key, valid), _flat(value, valid)
+            self._lengths += torch.tensor(new, dtype=torch.int32, device=place.device)
         before = self.held
         self.lengths = [n + t for n, t in zip(self.lengths, new, strict=True)]
-        self._ends += T if valid is None else torch.tensor(new, device=self._ends.device)
         held = [b + t for b, t in zip(before, counts, strict=True)]
         self.appended = [max(most, now) for most, now in zip(self.appended, held, strict=True)]
+
+    def _next(self, new: list[int]) -> Tensor:
+        """The places of `new[r]` more tokens of every row, row after row."""
+        ends = self._offsets + self._lengths
+        if len(set(new)) == 1:  # without a word from the device
+            place: Tensor = ends[:, None] + torch.arange(new[0], device=ends.device)
+            return place.flatten()
+        return _spans(ends.tolist(), new, ends.device)
 
     def extended(self, key: Tensor, value: Tensor, valid: list[Tensor] | None = None) -> RaggedRows:
         """A copy with tokens appended, while these rows stay as they are."""
         longer = copy(self)
-        longer._ends = self._ends.clone()
+        longer._lengths = self._lengths.clone()
         longer.append(key, value, valid)
         return longer
 
@@ -146,7 +173,7 @@ class RaggedRows:
         if tokens > min(self.held):
             raise ValueError(f"{tokens} tokens are to be dropped, {min(self.held)} are new")
         self.lengths = [n - tokens for n in self.lengths]
-        self._ends -= tokens
+        self._lengths -= tokens
 
     def drop_oldest(self, counts: Sequence[int]) -> None:
         """Take away the first `counts[b]` tokens of every row of entry b, and the room for them."""
@@ -155,19 +182,17 @@ class RaggedRows:
         starts = [self.offsets[r] + counts[b] for r, b in rows]
         lengths = [self.lengths[r] - counts[b] for r, b in rows]
         room = [_blocks(held[b]) - _blocks(self.appended[b]) for b in range(self.batch)]
-        capacity = [self.capacity[r] + room[b] for r, b in rows]
-        offsets, device = _starts(capacity), self.keys.device
-        self._move(_spans(starts, lengths, device), _spans(offsets, lengths, device), capacity)
-        self.lengths, self.appended = lengths, held
-        ends = [o + n for o, n in zip(offsets, lengths, strict=True)]
-        self._ends = torch.tensor(ends, device=device)
+        self._move(starts, lengths, [self.capacity[r] + room[b] for r, b in rows])
+        self.appended = held
 
     def keep(self, kept: list[Tensor]) -> None:
         """Keep only the given tokens of every row (ascending indices) and free the rest."""
         if self.capacity == [len(k) for k in kept]:
             return
-        self._gather(torch.cat([k + o for k, o in zip(kept, self.offsets, strict=True)]))
-        self._exact([len(k) for k in kept])
+        lengths = [len(k) for k in kept]
+        places = torch.cat([k + o for k, o in zip(kept, self.offsets, strict=True)])
+        self._fill(places, lengths, lengths)
+        self.appended = [0] * self.batch
 
     def merged(self, r: int) -> Row:
         """One row with the number of tokens that each of its tokens stands for."""
@@ -188,15 +213,8 @@ class RaggedRows:
         """Batch entries in this order, repeated or left out."""
         rows = [r for b in entries for r in self.of_entry(b)]
         capacity, lengths = [self.capacity[r] for r in rows], [self.lengths[r] for r in rows]
-        appended = [self.appended[b] for b in entries]
-        offsets = [self.offsets[r] for r in rows]
-        self._gather(_spans(offsets, capacity, self.keys.device))
-        self.batch = len(entries)
-        self._exact(capacity)
-        self.lengths, self.appended = lengths, appended
-        self._ends = self._ends.new_tensor(
-            [o + n for o, n in zip(self.offsets, lengths, strict=True)]
-        )
+        self._move([self.offsets[r] for r in rows], lengths, capacity)
+        self.batch, self.appended = len(entries), [self.appended[b] for b in entries]
 
     @property
     def held(self) -> list[int]:
@@ -207,33 +225,35 @@ class RaggedRows:
             for r, most in zip(first, self.appended, strict=True)
         ]
 
-    def _gather(self, index: Tensor) -> None:
-        index = index.to(self.keys.device)
-        self.keys, self.values = self.keys[index], self.values[index]
-        self.state = None if self.state is None else self.state[index]
-        self.bias = None if self.bias is None else self.bias[index]
-
     def _grow(self, new: list[int]) -> None:
         held = self.held
         most = [max(a, h + t) for a, h, t in zip(self.appended, held, new, strict=True)]
         more = [_blocks(now) - _blocks(then) for now, then in zip(most, self.appended, strict=True)]
         capacity = [c + more[r // self.heads] for r, c in enumerate(self.capacity)]
-        offsets, device = _starts(capacity), self.keys.device
-        old = _spans(self.offsets, self.lengths, device)
-        shift = torch.tensor(offsets, device=device) - torch.tensor(self.offsets, device=device)
-        self._move(old, _spans(offsets, self.lengths, device), capacity)
-        self._ends += shift
+        self._move(self.offsets, self.lengths, capacity)
         self.appended = most
 
-    def _move(self, old: Tensor, new: Tensor, capacity: list[int]) -> None:
-        """Put tokens into pools with other room for every row."""
-        total = sum(capacity)
-        self.keys, self.values = (
-            _moved(pool, old, new, total) for pool in (self.keys, self.values)
-        )
-        self.state = None if self.state is None else _moved(self.state, old, new, total)
-        self.bias = None if self.bias is None else _moved(self.bias, old, new, total)
-        self.capacity, self.offsets = capacity, _starts(capacity)
+    def _move(self, starts: list[int], lengths: list[int], capacity: list[int]) -> None:
+        """Make rows of `lengths[r]` tokens from `starts[r]` on, and give each other room."""
+        self._fill(_spans(starts, lengths, self.keys.device), lengths, capacity)
+
+    def _fill(self, tokens: Tensor, lengths: list[int], capacity: list[int]) -> None:
+        """Make rows of these tokens of the pools, `lengths[r]` for each, with room for more."""
+        device, old = self.keys.device, tokens.int().to(self.keys.device)
+        ranges = torch.tensor([*_starts(lengths), sum(lengths)], dtype=torch.int32, device=device)
+        self._place(lengths, capacity)
+
+        def moved(pool: Tensor) -> Tensor:
+            new = pool.new_empty(sum(capacity), *pool.shape[1:])
+            source, target = (own if own.dim() == 2 else own[:, None] for own in (pool, new))
+            every = source.expand(len(lengths), -1, -1)  # tokens are numbered through all rows
+            longest = max(lengths, default=0)
+            compact.gather(every, old, ranges, target, self._offsets, longest=longest)
+            return new
+
+        self.keys, self.values = moved(self.keys), moved(self.values)
+        self.state = None if self.state is None else moved(self.state)
+        self.bias = None if self.bias is None else moved(self.bias)
 
 
 def _blocks(tokens: int) -> int:
@@ -263,9 +283,3 @@ def _spans(starts: Sequence[int], counts: Sequence[int], device: torch.device) -
     first, count = torch.tensor(starts), torch.tensor(counts)
     before = count.cumsum(0) - count
     return ((first - before).repeat_interleave(count) + torch.arange(int(count.sum()))).to(device)
-
-
-def _moved(pool: Tensor, old: Tensor, new: Tensor, total: int) -> Tensor:
-    moved = pool.new_zeros(total, *pool.shape[1:])
-    moved[new] = pool[old]
-    return moved

@@ -167,12 +167,14 @@ class TieredRows:
 
     def segments(self) -> list[Segment]:
         """All tokens, as the attention of a single new token reads them."""
-        exact, device = self.exact, self.exact.keys.device
-        offsets = torch.tensor(exact.offsets, dtype=torch.int32, device=device)
-        lengths = torch.tensor(exact.lengths, dtype=torch.int32, device=device)
-        newest = Segment(exact.keys, exact.values, offsets, lengths)
         packed = [tier.segment for tier in self.tiers if isinstance(tier, PackedTier)]
-        return [*packed, newest]
+        return [*packed, self.exact.segment]
+
+    @property
+    def room(self) -> list[tuple[int, ...]]:
+        """The most tokens that the rows of each segment can hold as they lie."""
+        packed = [tuple(tier.lengths) for tier in self.tiers if isinstance(tier, PackedTier)]
+        return [*packed, *self.exact.room]
 
     def int8_rows(self) -> list[Int8Row] | None:
         """All tokens for the CPU's int8 product, None if they are not stored for it."""

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool1d, max_pool1d
 
-from cacheplan.kernels.column_sums.naive import column_sums
+from cacheplan.kernels.column_sums.dispatch import column_sums
 from cacheplan.scorers.seen import Seen
 from cacheplan.types import AccumulatedAttention, WindowAttention
 

@@ -113,7 +113,7 @@ def column_sums(
 ) -> Tensor:
     """As `naive.column_sums`, with memory for one number per query instead of a block.
 
-    Products take operands of `compute`, by default the inputs' type, and add in float32.
+    Products take operands of `compute`, by default the queries' type, and add in float32.
     """
     B, H, T, D = query.shape
     K, S = key.shape[1], key.shape[2]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 
+@torch.no_grad()  # what is kept is no longer learned from
 def gather(source: Tensor, kept: Tensor, ranges: Tensor, pool: Tensor, offsets: Tensor) -> None:
     """Copy the kept tokens of every row to its place in a pool.
 
@@ -17,7 +18,7 @@ def gather(source: Tensor, kept: Tensor, ranges: Tensor, pool: Tensor, offsets: 
     assert_gathering(source, kept, ranges, pool, offsets)
     bounds, starts = ranges.tolist(), offsets.tolist()
     for r, ((first, end), start) in enumerate(zip(pairwise(bounds), starts, strict=True)):
-        pool[start : start + end - first] = source[r, kept[first:end]]
+        torch.index_select(source[r], 0, kept[first:end], out=pool[start : start + end - first])
 
 
 def append(

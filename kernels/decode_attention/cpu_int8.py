@@ -94,16 +94,19 @@ def decode_attention(query: Tensor, rows: Sequence[Int8Row], *, scale: float) ->
     """
     assert query.dtype == torch.bfloat16, query.dtype
     B, H, D = query.shape
-    folded = query.reshape(len(rows), -1, D)  # [R, G, D]
+    folded = (query * scale).reshape(len(rows), -1, D)  # [R, G, D]: scaled here, not token by token
     out = folded.new_empty(*folded.shape[:2], rows[0].values.shape[1])
     for own, row, result in zip(folded, rows, out, strict=True):
         logits = [torch._weight_int8pack_mm(own, p.keys, p.key_scale) for p in row.parts]
-        weights = (torch.cat([*logits, own @ row.keys.T], 1).float() * scale).softmax(1)
+        # float32: bfloat16 products of few tokens cost more to set up than to compute
+        latest = (own.float() @ row.keys.float().T).bfloat16()
+        weights = torch.cat([*logits, latest], 1).softmax(1)
         sizes = [*(p.keys.shape[0] for p in row.parts), row.keys.shape[0]]
-        *parts, latest = torch.split(weights.bfloat16(), sizes, 1)
-        result.copy_(latest @ row.values)
+        *parts, latest = torch.split(weights, sizes, 1)
+        found = latest.float() @ row.values.float()
         for weight, p in zip(parts, row.parts, strict=True):
-            result += torch._weight_int8pack_mm(weight.contiguous(), p.values, p.value_scale)
+            found += torch._weight_int8pack_mm(weight.contiguous(), p.values, p.value_scale)
+        result.copy_(found)
     return out.view(B, H, -1)
 
 

@@ -3,36 +3,46 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from importlib.util import find_spec
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from cacheplan.kernels.decode_attention import naive
+from cacheplan.kernels import paths
+from cacheplan.kernels.decode_attention import naive, segments
 from cacheplan.kernels.decode_attention.segments import Segment, Work
 
 
-def path(device: torch.device | str) -> Literal["triton", "naive"]:
-    """The implementation that `decode_attention` takes: Triton needs CUDA and its package."""
-    usable = torch.device(device).type == "cuda" and find_spec("triton") is not None
-    return "triton" if usable else "naive"
+def path(query: Tensor, parts: Sequence[Segment]) -> paths.Name:
+    """The implementation that `decode_attention` takes.
+
+    Formats whose groups make no tiles, and tokens wider than 512 bytes, stay with torch.
+    """
+    fits = all(segments.has_tiles(part) for part in parts)
+    return paths.choose(query.device, query.dtype).name if fits else "naive"
 
 
 def decode_attention(
     query: Tensor,
-    segments: Sequence[Segment],
+    parts: Sequence[Segment],
     work: Callable[[], Work],
     *,
     scale: float,
     sinks: Tensor | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     """Attend from `[B, H, D]`; see `naive.decode_attention`.  What `path` names is what runs.
 
-    `work` gives the division of `segments.divide`, which only Triton needs.
+    `work` gives the division of `divide`, which only Triton needs.
     """
-    if path(query.device) == "naive":
-        return naive.decode_attention(query, segments, scale=scale, sinks=sinks)
+    if path(query, parts) == "naive":
+        return naive.decode_attention(query, parts, scale=scale, sinks=sinks, softcap=softcap)
     from cacheplan.kernels.decode_attention import triton
 
-    return triton.decode_attention(query, segments, work(), scale=scale, sinks=sinks)
+    return triton.decode_attention(query, parts, work(), scale=scale, sinks=sinks, softcap=softcap)
+
+
+def processors(device: torch.device) -> int:
+    """Streaming multiprocessors among which work is divided; 1 where there is no GPU."""
+    if device.type != "cuda":
+        return 1
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)

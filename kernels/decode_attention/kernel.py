@@ -53,6 +53,7 @@ def decode_kernel(  # type: ignore[no-untyped-def]
     partial,
     logsum,
     scale,
+    softcap,
     G: tl.constexpr,
     D: tl.constexpr,
     DV: tl.constexpr,
@@ -66,6 +67,7 @@ def decode_kernel(  # type: ignore[no-untyped-def]
     VALUE_GROUPS: tl.constexpr,
     VALUE_TYPE: tl.constexpr,
     SEPARABLE: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -75,8 +77,8 @@ def decode_kernel(  # type: ignore[no-untyped-def]
 ):
     """One item: the normalised result `[G, DV]` of some tokens, and log2 of their sum `[G]`.
 
-    `scale` holds log2(e) too, so that all exponentials are powers of two.  KEY_GROUP counts tokens
-    of scales per channel, the two GROUPS scales per token; 0 means that there are none.
+    `scale` and `softcap` hold log2(e) too, so that all exponentials are powers of two.  KEY_GROUP
+    counts tokens of scales per channel, the two GROUPS scales per token; 0: there are none.
     """
     KP: tl.constexpr = 8 // KEY_BITS if KEY_BITS < 8 else 1  # planes of a byte
     VP: tl.constexpr = 8 // VALUE_BITS if VALUE_BITS < 8 else 1
@@ -136,6 +138,9 @@ def decode_kernel(  # type: ignore[no-untyped-def]
                     logits += z[:, None] * tl.sum(q[i], 0)[None, :]
             else:
                 logits = tl.dot(k, q[i].to(KEY_TYPE), logits, input_precision=PRECISION)
+        if HAS_SOFTCAP:  # softcap * tanh(logits / softcap)
+            turned = tl.exp2(logits * (2 * LOG2E / softcap)) + 1.0
+            logits = softcap - 2.0 * softcap / turned
         if HAS_BIAS:
             logits += (tl.load(bias + token, mask=inside, other=0.0) * LOG2E)[:, None]
         if not FULL:

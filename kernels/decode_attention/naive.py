@@ -19,12 +19,14 @@ def decode_attention(
     *,
     scale: float,
     sinks: Tensor | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     """Attend to all segments' tokens of a row as one; returns `[B, H, Dv]` of the query's dtype.
 
     `query` `[B, H, D]`; head h reads row `b * Hkv + h // (H / Hkv)`.  `sinks` `[H]` are logits that
-    take part in the softmax without a value.  A row without tokens gives zeros.  Computed in
-    float64 if the query is, otherwise in float32.
+    take part in the softmax without a value.  `softcap` c first makes logits c * tanh(logits / c)
+    (Gemma 2, arXiv 2408.00118); bias and sinks come after it.  A row without tokens gives zeros.
+    Computed in float64 if the query is, otherwise in float32.
     """
     assert_fitting(query, segments, sinks)
     exact = torch.float64 if query.dtype == torch.float64 else torch.float32
@@ -41,6 +43,8 @@ def decode_attention(
                 continue
             tokens = slice(int(segment.offsets[r]), int(segment.offsets[r]) + n)
             own = folded[r] @ _read(segment.keys, tokens, r, exact).T * scale
+            if softcap is not None:
+                own = softcap * torch.tanh(own / softcap)
             logits.append(own if segment.bias is None else own + segment.bias[tokens].to(exact))
             values.append(_read(segment.values, tokens, r, exact))
         if not logits:

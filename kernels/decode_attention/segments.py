@@ -11,6 +11,8 @@ from torch import Tensor
 from cacheplan.kernels.quantize.packed import Packed
 
 STEP = 128  # chunks are multiples of it, and so of every group of tokens
+LEAST = 16  # tokens of one group of keys, the smallest side of a matrix instruction
+WIDEST = 512  # bytes of a token's key: wider tiles spill
 SHORTEST = 256  # tokens that are worth a program of their own
 
 
@@ -115,6 +117,24 @@ def assert_fitting(query: Tensor, segments: Sequence[Segment], sinks: Tensor | N
             assert scale is None or scale.shape == (rows, channel_count(segment.values)), rows
         if isinstance(segment.keys, Packed):
             assert not segment.keys.format.separable, "separable scales are for values"
+
+
+def has_tiles(segment: Segment) -> bool:
+    """Whether Triton's kernel reads it: groups are whole planes of bytes and tiles of tokens.
+
+    Nor may tokens be wider than registers have room for.
+    """
+    for pool in (segment.keys, segment.values):
+        if not isinstance(pool, Packed):
+            if pool.shape[1] * pool.element_size() > WIDEST:
+                return False
+            continue
+        by_channel = pool.format.axis == "channel"
+        if by_channel and (pool.format.group or 0) % LEAST:
+            return False
+        if not pool.format.whole_planes(pool.channels):
+            return False
+    return True
 
 
 def token_count(pool: Tensor | Packed) -> int:

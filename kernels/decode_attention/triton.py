@@ -5,6 +5,7 @@ Import this module only where Triton is installed.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -24,8 +25,11 @@ from cacheplan.kernels.decode_attention.segments import (
 from cacheplan.kernels.quantize.packed import Packed
 
 TILE = 64  # tokens of one step of a program
-OPTIONS = {"num_warps": 4, "num_stages": 3, "enable_fp_fusion": True}
+OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
+STAGES = 3  # tiles of keys and values on their way at a time
+SHARED = 228 * 1024  # bytes of a Hopper multiprocessor
 MERGE_OPTIONS = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": True}
+LOG2E = math.log2(math.e)
 MERGED = 16  # slots that the merger reads at a time
 INTERPRETED = "Triton's interpreter cannot compute in bfloat16; pass compute=torch.float32"
 TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
@@ -38,6 +42,7 @@ def decode_attention(
     *,
     scale: float,
     sinks: Tensor | None = None,
+    softcap: float | None = None,
     compute: torch.dtype | None = None,
 ) -> Tensor:
     """As `naive.decode_attention`, for 16-bit or float32 queries, with the division of `divide`.
@@ -80,9 +85,11 @@ def decode_attention(
                 items,
                 partial,
                 logsum,
-                scale * math.log2(math.e),
-                **constants(segment, group, key_type, value_type),
+                scale * LOG2E,
+                (softcap or 0.0) * LOG2E,
+                **constants(segment, group, key_type, value_type, softcap is not None),
                 **OPTIONS,
+                num_stages=stages(segment, _shared_memory(query.device)),
             )
         merge_kernel[(rows, group)](
             partial,
@@ -102,7 +109,11 @@ def decode_attention(
 
 
 def constants(
-    segment: Segment, group: int, key_type: torch.dtype, value_type: torch.dtype
+    segment: Segment,
+    group: int,
+    key_type: torch.dtype,
+    value_type: torch.dtype,
+    softcap: bool = False,
 ) -> dict[str, Any]:
     """What the kernel is compiled for."""
     keys, values = segment.keys, segment.values
@@ -129,6 +140,7 @@ def constants(
         "VALUE_GROUPS": value_groups,
         "VALUE_TYPE": TYPES[value_type],
         "SEPARABLE": isinstance(values, Packed) and values.channel_scale is not None,
+        "HAS_SOFTCAP": softcap,
         "HAS_BIAS": segment.bias is not None,
         "PRECISION": "ieee" if wide else "tf32",  # of float32 operands only
         "BLOCK_T": tile,
@@ -136,6 +148,22 @@ def constants(
         "BLOCK_K": max(16, triton.next_power_of_2(D // _planes(keys))),
         "BLOCK_V": max(16, triton.next_power_of_2(DV // _planes(values))),
     }
+
+
+def stages(segment: Segment, memory: int = SHARED) -> int:
+    """How many tiles are on their way at a time, in a multiprocessor with `memory` bytes."""
+    pools = (segment.keys, segment.values)
+    rows = [own.codes if isinstance(own, Packed) else own for own in pools]
+    tile = TILE * sum(row.shape[1] * row.element_size() for row in rows)
+    free = memory - 16 * 1024  # beside logits, weights and what the system takes
+    return max(1, min(STAGES, 1 + free // tile))
+
+
+@functools.cache
+def _shared_memory(device: torch.device) -> int:
+    if device.type != "cuda":
+        return SHARED
+    return int(torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor)
 
 
 def _pool(
@@ -163,7 +191,7 @@ def _groups(pool: Tensor | Packed) -> tuple[int, int]:
         assert format.group is not None
         return format.group, 0
     width, group = channels // format.planes, format.group or channels
-    if group % width or channels % group:
+    if not format.whole_planes(channels):
         raise ValueError(
             f"Groups of {group} among {channels} channels in {format.number} cannot be decoded; "
             f"take a multiple of {width} that divides {channels}, or all channels."

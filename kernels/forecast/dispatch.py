@@ -3,27 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib.util import find_spec
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from cacheplan.kernels import paths
 from cacheplan.kernels.forecast import naive
 
-FUSED = (torch.float16, torch.bfloat16, torch.float32)  # what the Triton kernel computes
 
-
-def path(
-    device: torch.device | str, dtype: torch.dtype = torch.float32
-) -> Literal["triton", "naive"]:
-    """The implementation that `combine` takes for features on this device and of this dtype.
-
-    Triton needs CUDA and the triton package; float64 stays with torch.
-    """
-    if torch.device(device).type != "cuda" or dtype not in FUSED:
-        return "naive"
-    return "naive" if find_spec("triton") is None else "triton"
+def path(device: torch.device | str, dtype: torch.dtype = torch.float32) -> paths.Name:
+    """The implementation that `combine` takes for features on this device and of this dtype."""
+    return paths.choose(device, dtype).name
 
 
 def combine(

@@ -56,6 +56,13 @@ class Format:
         """The largest code of an integer format."""
         return (1 << self.bits) - 1
 
+    def whole_planes(self, channels: int) -> bool:
+        """Whether a plane of bytes has one scale per token, as the Triton kernels take it."""
+        if self.axis == "channel":
+            return True
+        group = self.group or channels
+        return channels % group == 0 and group % (channels // self.planes) == 0
+
     def nbytes(self, tokens: int, channels: int) -> int:
         """Bytes of `tokens` of one row: codes, float16 scales and zeros, channels' scales."""
         codes = tokens * channels * self.bits // 8

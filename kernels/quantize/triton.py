@@ -190,7 +190,7 @@ def constants(format: Format, D: int) -> dict[str, Any]:
     planes, width = format.planes, D // format.planes
     group = format.group or D
     per_channel = format.axis == "channel"
-    if not per_channel and (group % width or D % group):
+    if not format.whole_planes(D):
         raise ValueError(
             f"The kernel has no groups of {group} among {D} channels in {format.number}; "
             f"take a multiple of {width} that divides {D}, or all channels."

@@ -127,7 +127,11 @@ def numbers_of(source: Tensor | Packed, start: int, stop: int, row: int) -> Tens
 
 
 def textbook(
-    query: Tensor, segments: Sequence[Segment], scale: float, sinks: Tensor | None
+    query: Tensor,
+    segments: Sequence[Segment],
+    scale: float,
+    sinks: Tensor | None,
+    softcap: float | None = None,
 ) -> Tensor:
     """One exponential at a time."""
     B, H, _ = query.shape
@@ -145,6 +149,7 @@ def textbook(
                 v = numbers_of(own.values, start, stop, r)
                 for t in range(stop - start):
                     logit = scale * float(query[b, h].double() @ k[t])
+                    logit = logit if softcap is None else softcap * math.tanh(logit / softcap)
                     logit += 0.0 if own.bias is None else own.bias[start + t].item()
                     total += math.exp(logit)
                     weighted = weighted + math.exp(logit) * v[t]
@@ -161,6 +166,7 @@ def textbook(
     tails=st.lists(st.integers(1, 5), min_size=4, max_size=4),
     sinks=st.booleans(),
     bias=st.booleans(),
+    softcap=st.sampled_from([None, 0.7]),
 )
 def test_naive_is_the_textbook(
     B: int,
@@ -170,14 +176,15 @@ def test_naive_is_the_textbook(
     tails: list[int],
     sinks: bool,
     bias: bool,
+    softcap: float | None,
 ) -> None:
     rows = 2 * B
     old = segment([64, 0, 64, 64][:rows], 8, 12, key=key, value=value, bias=bias)
     new = segment(tails[:rows], 8, 12)
     query = torch.randn(B, 2 * group, 8, dtype=torch.float64)
     extra = torch.randn(2 * group) if sinks else None
-    found = decode_attention(query, [old, new], scale=0.4, sinks=extra)
-    torch.testing.assert_close(found, textbook(query, [old, new], 0.4, extra))
+    found = decode_attention(query, [old, new], scale=0.4, sinks=extra, softcap=softcap)
+    torch.testing.assert_close(found, textbook(query, [old, new], 0.4, extra, softcap))
 
 
 CASES = [
@@ -191,6 +198,8 @@ CASES = [
     pytest.param(values("int2", 32), values("int2", 16), {"bias": True}, id="per token"),
     pytest.param(None, values("int4"), {"sinks": True}, id="values only"),
     pytest.param(keys("int4"), None, {}, id="keys only"),
+    pytest.param(None, None, {"softcap": 1.5, "bias": True}, id="soft cap of 16 bit"),
+    pytest.param(keys("int4"), values("int4"), {"softcap": 30.0, "sinks": True}, id="soft cap"),
 ]
 
 
@@ -201,7 +210,7 @@ def test_triton_is_naive(
     triton_decode: Any,
     key: Format | None,
     value: Format | None,
-    extras: dict[str, bool],
+    extras: dict[str, Any],
     compute: torch.dtype,
 ) -> None:
     old = segment(LENGTHS, 64, 64, key=key, value=value, bias=extras.get("bias", False))
@@ -209,10 +218,9 @@ def test_triton_is_naive(
     query = torch.randn(2, 8, 64).to(compute) * 2
     sinks = torch.randn(8) if extras.get("sinks") else None
     work = divide([LENGTHS, TAILS], processors=1, chunk=128)
-    found = triton_decode.decode_attention(
-        query, segments, work, scale=0.125, sinks=sinks, compute=compute
-    )
-    expected = decode_attention(query.double(), segments, scale=0.125, sinks=sinks)
+    options: Any = {"scale": 0.125, "sinks": sinks, "softcap": extras.get("softcap")}
+    found = triton_decode.decode_attention(query, segments, work, **options, compute=compute)
+    expected = decode_attention(query.double(), segments, **options)
     assert found.dtype == compute
     assert error(found, expected) < (2e-6 if compute == torch.float32 else 2e-3)
 
@@ -351,18 +359,15 @@ def test_work_covers_every_token_once(
 
 
 def test_work_is_divided_among_processors() -> None:
-    work = divide([[131072] * 8], processors=132)
-    assert 1.5 * 132 <= work.slots <= 2 * 132 + 8
-    short = divide([[300] * 64], processors=132)
-    assert short.slots == 128  # no program for less than 256 tokens, but a row's last
+    assert 1.5 * 132 <= divide([[131072] * 8], processors=132).slots <= 2 * 132 + 8
+    assert divide([[300] * 64], processors=132).slots == 128  # none for few tokens but the last
 
 
 def test_work_is_overwritten_in_place() -> None:
     lengths = [[300, 10]]
     work = divide([[100, 600]], processors=1, chunk=128, slots=8)
-    tensors = (*work.items, work.ranges)
-    other = divide(lengths, processors=1, chunk=128, slots=8)
-    work.copy_(other)
+    tensors = *work.items, work.ranges
+    work.copy_(other := divide(lengths, processors=1, chunk=128, slots=8))
     assert all(a is b for a, b in zip((*work.items, work.ranges), tensors, strict=True))
     assert torch.equal(work.items[0], other.items[0])
     assert torch.equal(work.ranges, other.ranges)

@@ -20,6 +20,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from cacheplan.kernels import paths
 from cacheplan.kernels.forecast import dispatch, naive
 
 FILE = Path(__file__).parents[2] / "kernels" / "forecast" / "triton.py"
@@ -224,10 +225,10 @@ def test_the_path_is_told_and_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     given = arguments((3, 5), torch.float32)
     assert dispatch.path("cpu") == "naive"
     assert torch.equal(dispatch.combine(*given), naive.combine(*given))
-    monkeypatch.setattr(dispatch, "find_spec", lambda name: object())
+    monkeypatch.setattr(paths, "triton_version", lambda: "3.9")
     assert dispatch.path(torch.device("cuda", 1)) == "triton"
     assert dispatch.path("cuda", torch.float64) == "naive"
-    monkeypatch.setattr(dispatch, "find_spec", lambda name: None)
+    monkeypatch.setattr(paths, "triton_version", lambda: None)
     assert dispatch.path("cuda") == "naive"
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from cacheplan.kernels.decode_attention.segments import Segment
+from cacheplan.kernels.decode_attention.segments import Segment, has_tiles
 from cacheplan.kernels.quantize.naive import quantize
 from cacheplan.kernels.quantize.packed import Format
 
@@ -20,6 +20,7 @@ D, GROUP = 128, 4  # channels, query heads per kv head
 #            keys            values        registers  shared   instructions
 CEILINGS = {
     "bf16": (None, None, 128, 112 * 1024, 2.6),
+    "bf16, soft cap and bias": (None, None, 128, 112 * 1024, 3.0),
     "fp8": (Format("fp8", "token"), Format("fp8", "token"), 128, 40 * 1024, 4.2),
     "int8": (Format("int8", "channel", 64), Format("int8", "token"), 168, 40 * 1024, 5.8),
     "int4": (Format("int4", "channel", 64), Format("int4", "token"), 128, 24 * 1024, 6.0),
@@ -65,15 +66,18 @@ def test_decode_attention(
         plain if value is None else quantize(plain, value),
         index,
         index,
+        torch.zeros(64) if "bias" in name else None,
     )
     dtype = torch.bfloat16 if key is None else torch.float16
-    fixed = module.constants(own, GROUP, dtype, dtype)
+    fixed = module.constants(own, GROUP, dtype, dtype, "soft cap" in name)
     types = dict.fromkeys(("keys", "values"), "*bf16" if key is None else "*u8")
     types |= dict.fromkeys(("key_scale", "key_zero", "value_scale", "value_zero"), "*fp16")
-    types |= {"query": "*bf16", "channel_scale": "*fp16", "bias": "*fp32", "scale": "fp32"}
+    types |= {"query": "*bf16", "channel_scale": "*fp16", "bias": "*fp32"}
+    types |= {"scale": "fp32", "softcap": "fp32"}
     types |= dict.fromkeys(("offsets", "lengths", "items"), "*i32")
     types |= dict.fromkeys(("partial", "logsum"), "*fp32")
-    code = machine_code(module.decode_kernel, types, fixed, module.OPTIONS)
+    options = module.OPTIONS | {"num_stages": module.stages(own)}
+    code = machine_code(module.decode_kernel, types, fixed, options)
     lanes = 32 * module.OPTIONS["num_warps"]
     assert code.spilled == 0
     assert code.registers <= registers
@@ -81,6 +85,34 @@ def test_decode_attention(
     assert 0.5 < len(code.loop) * lanes / (2 * D * fixed["BLOCK_T"]) <= instructions
     assert {"HMMA", "HGMMA"}.intersection(code.loop)  # tensor cores
     assert not {"I2F", "I2FP"}.intersection(code.loop)  # codes become numbers without conversion
+
+
+@pytest.mark.parametrize(
+    ("channels", "dtype", "spilled"),
+    [(256, "bf16", 0), (128, "fp32", 512)],  # exact products of float32 are no tensor cores'
+)
+def test_wide_heads_fit_into_a_multiprocessor(
+    compiled_kernel: Callable[[str], Any],
+    machine_code: Callable[..., Any],
+    channels: int,
+    dtype: str,
+    spilled: int,
+) -> None:
+    module = compiled_kernel("decode_attention")
+    kind = {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
+    plain, index = torch.zeros(64, channels, dtype=kind), torch.zeros(1, dtype=torch.int32)
+    own = Segment(plain, plain, index, index)
+    assert has_tiles(own)
+    names = ("query", "keys", "values", "key_scale", "key_zero", "value_scale", "value_zero")
+    types = dict.fromkeys((*names, "channel_scale", "bias"), f"*{dtype}")
+    types |= dict.fromkeys(("offsets", "lengths", "items"), "*i32")
+    types |= dict.fromkeys(("partial", "logsum"), "*fp32") | {"scale": "fp32", "softcap": "fp32"}
+    for memory in (module.SHARED, 100 * 1024):  # and of a GPU for games
+        options = module.OPTIONS | {"num_stages": module.stages(own, memory)}
+        fixed = module.constants(own, GROUP, kind, kind, softcap=True)
+        code = machine_code(module.decode_kernel, types, fixed, options)
+        assert code.spilled <= spilled
+        assert code.shared < memory
 
 
 @pytest.mark.parametrize("name", OTHERS)

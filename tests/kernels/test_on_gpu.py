@@ -10,12 +10,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from cacheplan.adapters.attention import Step
 from cacheplan.kernels.column_sums.naive import column_sums
 from cacheplan.kernels.compact import naive as compact
 from cacheplan.kernels.decode_attention.naive import decode_attention
 from cacheplan.kernels.decode_attention.segments import Segment, divide
 from cacheplan.kernels.quantize.naive import quantize
 from cacheplan.kernels.quantize.packed import Format, Packed
+from cacheplan.runtime.attending import attend
+from cacheplan.runtime.rows import RaggedRows
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -82,7 +85,7 @@ def test_decode_attention_in_a_graph(
     work = divide([old, [100] * 4], processors=132, slots=32, device="cuda")
     given = [moved(own) for own in segments]
     arguments: Any = (query.cuda(), given, work)
-    options: Any = {"scale": 0.09, "sinks": sinks.cuda()}
+    options: Any = {"scale": 0.09, "sinks": sinks.cuda(), "softcap": 20.0}
     module.decode_attention(*arguments, **options)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -93,8 +96,26 @@ def test_decode_attention_in_a_graph(
         given[1].lengths.copy_(lengths)
         found.fill_(torch.nan)
         graph.replay()
-        expected = decode_attention(query.double(), segments, scale=0.09, sinks=sinks)
+        expected = decode_attention(query.double(), segments, scale=0.09, sinks=sinks, softcap=20.0)
         assert error(found, expected) < 5e-3
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_ragged_rows_of_a_layer(softcap: float | None) -> None:
+    """Kept, appended to past their room and attended to by Triton, against the same on a CPU."""
+    key, query = torch.randn(2, 2, 300, 128).bfloat16(), torch.randn(2, 8, 1, 128).bfloat16()
+    kept = [torch.randperm(300)[:n].sort().values for n in (300, 7, 150, 1)]
+    new, found = torch.randn(2, 2, 1, 128).bfloat16(), []
+    for device in ("cpu", "cuda"):
+        rows = RaggedRows(key.to(device), key.to(device))
+        rows.keep([own.to(device) for own in kept])
+        for _ in range(70):
+            rows.append(new.to(device), new.to(device))
+        module: Any = torch.nn.Identity()
+        out, how = attend(rows, Step(module, query.to(device), 0.09, softcap=softcap))
+        assert (how == "ragged attention in Triton") == (device == "cuda")
+        found.append(out.cpu())
+    assert error(found[1], found[0]) < 1e-2
 
 
 def test_gather_and_append(compiled_kernel: Callable[[str], Any]) -> None:
