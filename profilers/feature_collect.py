@@ -30,6 +30,7 @@ from cacheplan.types import FeatureSite
 Found = dict[str, NDArray[np.float64]]
 _ABLATED = ("final_error", "final_damage", "output_damage")
 _TAILS = 8  # ranges from one block to the last that are measured
+_HEADS = 4  # of these, what lies before one in the first quarter: online gates look at that
 
 
 def feature_sites(seen: Observation) -> tuple[FeatureSite, ...]:
@@ -51,9 +52,11 @@ def feature_sites(seen: Observation) -> tuple[FeatureSite, ...]:
     ranges = {(b, b + 1) for b in range(end)}
     for blocks in expert_ranges(spec):
         start, stop = blocks.start, blocks.stop
-        tails = np.linspace(start, stop, min(len(blocks), _TAILS), endpoint=False).astype(int)
-        wide = {(first, stop) for first in (start, start + 1, *tails.tolist()) if first < stop}
+        spread = np.linspace(start, stop, min(len(blocks), _TAILS), endpoint=False)
+        tails = spread.astype(int).tolist()
+        wide = {(first, stop) for first in (start, start + 1, *tails) if first < stop}
         wide |= {(half.first, half.last) for half in halves(blocks)}
+        wide |= {(start, first) for first in tails if first - start <= len(blocks) // _HEADS}
         for first, last in wide:
             if all(b.path in seen.joined for b in spec.blocks[first + 1 : last]):
                 ranges.add((first, last))

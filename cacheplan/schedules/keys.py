@@ -95,7 +95,10 @@ def published(
 
 
 def _even(schedule: Schedule) -> Mask:
-    """As many steps as the budget buys, the ones not forced evenly spread after the warm-up."""
+    """As many steps as the budget buys, the ones not forced evenly spread between those that are.
+
+    They divide what lies between the warm-up and the protected last steps into equal stretches.
+    """
     S, T = schedule.forced.shape
     forced = schedule.forced[0]
     most = int((schedule.budget - schedule.base.sum()) / schedule.rate.sum() + 1e-9)
@@ -111,7 +114,8 @@ def _even(schedule: Schedule) -> Mask:
     row = forced.copy()
     if wanted:
         start = int(free[0]) - 1  # the step before: the spread begins one stretch after it
-        stretch = (T - start) / (wanted + 1)
+        end = int(free[-1]) + 1  # T, or the first of the protected last steps
+        stretch = (end - start) / (wanted + 1)
         places = [start + stretch * (i + 1) for i in range(wanted)]
         taken: set[int] = set(np.flatnonzero(forced).tolist())
         for place in places:

@@ -68,13 +68,16 @@ def fit_gate(profile: FeatureProfile, gate: Gate, schedule: Schedule) -> Fitted:
 
 
 def _first_block(profile: FeatureProfile, blocks: int) -> Callable[[list[int], int], float]:
-    """relL1 of the first blocks' delta against the last computed step (FBCache, DBCache)."""
-    sites = [FeatureSite(part="delta", first=b, last=b + 1) for b in range(blocks)]
-    tables = np.mean([statistic(profile, "l1")[site_index(profile, s)] for s in sites], axis=0)
-    distance = between(tables)
+    """relL1 against the last computed step of what the first blocks add together.
+
+    FBCache's residual of one block, DBCache's of several.
+    """
+    site = FeatureSite(part="delta", first=0, last=blocks)
+    table = statistic(profile, "l1")[site_index(profile, site)]
+    distance = between(table)
 
     def signal(keys: list[int], step: int) -> float:
-        return float(distance[keys[0], step] / max(tables[keys[0], 0], 1e-12))
+        return float(distance[keys[0], step] / max(table[keys[0], 0], 1e-12))
 
     return signal
 

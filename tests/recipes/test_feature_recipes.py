@@ -157,6 +157,21 @@ def test_fora_and_taylorseer_differ_in_warm_up(synthetic_profiles: Any) -> None:
             assert np.ptp(np.diff([*keys, 28])) <= 1  # evenly spread
 
 
+@pytest.mark.parametrize("kept", BUDGETS)
+def test_even_steps_stop_short_of_the_protected_last_one(
+    synthetic_profiles: Any, kept: float
+) -> None:
+    profile = synthetic_profiles.build(28, 8)
+    recipe = replace(FEATURE_RECIPES["fora"], protect_last=True)
+    free, ends = (
+        np.flatnonzero(published(profile, r, groups(profile, r), kept)[0][0]).tolist()
+        for r in (FEATURE_RECIPES["fora"], recipe)
+    )
+    assert len(ends) == len(free)
+    assert ends[-1] == 27
+    assert np.ptp(np.diff(ends)) <= 1  # the last stretch is as long as the others
+
+
 @pytest.mark.parametrize(
     ("ratio", "mask"),
     [

@@ -62,8 +62,8 @@ def test_plans_for_other_schedulers(wan: Any, plan: FeaturePlan) -> None:
     [
         ("wan", {"num_inference_steps": 8}, "The run has 8 steps, but the plan was made for 6"),
         ("flux", {"sigmas": [1.0, 0.8, 0.7, 0.5, 0.3, 0.1]}, "Noise level 1 of the run is"),
-        ("wan", {"guidance_scale": 1.0}, "called 1 times at step 0, but was profiled with"),
-        ("sd3", {"guidance_scale": 1.0}, "given 1 latents at once, but was profiled with 2"),
+        ("wan", {"guidance_scale": 1.0}, "The run has guidance scale 1, but the plan was made"),
+        ("pixart", {"guidance_scale": 1.0}, "given 1 latents at once, but was profiled with 2"),
         ("wan", {"height": 48}, "profile at this resolution"),
         ("wan", {"num_frames": 9}, "profile at this resolution"),
     ],

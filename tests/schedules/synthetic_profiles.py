@@ -55,6 +55,7 @@ def sites(steps: int, blocks: int, starts: Sequence[int] = ()) -> tuple[FeatureS
     for begin in range(0, end, blocks):
         pairs |= {(b, begin + blocks) for b in range(begin, begin + blocks)}
         pairs.add((begin, begin + blocks // 2))
+        pairs |= {(begin, begin + n) for n in range(1, blocks // 4 + 1)}  # what gates look at
     found += [FeatureSite(part="delta", first=a, last=b) for a, b in sorted(pairs)]
     return (*found, *(FeatureSite(part=part, first=0, last=end) for part in ("hidden", "model")))
 

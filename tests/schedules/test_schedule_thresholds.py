@@ -15,7 +15,7 @@ from cacheplan.recipes import FEATURE_RECIPES
 from cacheplan.schedules.groups import groups
 from cacheplan.schedules.keys import problem
 from cacheplan.schedules.thresholds import fit_gate, fit_rescale
-from cacheplan.types import FeatureProfile, FeatureRecipe, Gate, Rescale
+from cacheplan.types import FeatureProfile, FeatureRecipe, FeatureSite, Gate, Rescale
 
 T = 20
 Mask = NDArray[np.bool_]
@@ -79,6 +79,22 @@ def test_first_block_changes_are_relative_to_the_last_computed(synthetic_profile
         assert computed[step] == (not change < threshold)
         keys = step if computed[step] else keys
     assert computed[10]
+
+
+def test_several_first_blocks_are_one_residual(synthetic_profiles: Any) -> None:
+    """DBCache compares what they add together: here each of them jumps, and the jumps cancel."""
+    jump = np.where(np.arange(T) >= 10, 50.0, 0.0)
+    level = {(0, 1): jump + 1, (1, 2): 1 - jump, (0, 2): np.full(T, 2.0)}
+
+    def trajectory(site: FeatureSite) -> Any:
+        values = level.get((site.first, site.last), np.arange(1.0, T + 1))
+        return np.asarray(values)[:, None, None] * np.ones((1, 6, 3))
+
+    profile = synthetic_profiles.build(T, trajectory=trajectory)
+    _, computed = fitted(profile, FEATURE_RECIPES["dbcache"], 0.7, blocks=2, max_consecutive=None)
+    assert np.flatnonzero(computed).tolist() == [0, 1, 2, 3]
+    _, computed = fitted(profile, FEATURE_RECIPES["dbcache"], 0.7, blocks=1, max_consecutive=None)
+    assert np.flatnonzero(computed).tolist() == [0, 1, 2, 3, 10]
 
 
 def test_linear_models_have_their_factor_as_secant(synthetic_profiles: Any) -> None:

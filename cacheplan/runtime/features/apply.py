@@ -13,6 +13,7 @@ from cacheplan.runtime.features.checks import check_attention, check_gate, check
 from cacheplan.runtime.features.compiled import check_compiled
 from cacheplan.runtime.features.executor import Executor
 from cacheplan.runtime.features.gate import MODULATION, Guard
+from cacheplan.runtime.features.guidance import Guidance
 from cacheplan.runtime.features.program import Program
 from cacheplan.runtime.features.report import FeatureReport
 from cacheplan.runtime.features.step_size import StepSizes
@@ -53,7 +54,8 @@ def apply_features(
         if plan.gate and plan.gate.signal == MODULATION:
             check_attention(plan.gate, wiring)
         check_compiled(program, wiring, gate=guard is not None)
-    executor = Executor(program, wirings, guard, sizes, report)
+    guidance = Guidance(program.spec, pipe)
+    executor = Executor(program, wirings, guard, sizes, guidance, report)
     with ExitStack() as stack:
         for wiring in wirings.values():
             stack.enter_context(tapped(wiring.root, wiring.handlers()))

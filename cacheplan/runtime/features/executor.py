@@ -20,9 +20,10 @@ from cacheplan.plans.words import site_words
 from cacheplan.runtime.features.checks import check_run, check_step
 from cacheplan.runtime.features.decision import Decision
 from cacheplan.runtime.features.gate import Guard
+from cacheplan.runtime.features.guidance import Guidance
 from cacheplan.runtime.features.program import Program
 from cacheplan.runtime.features.report import FeatureReport
-from cacheplan.runtime.features.step_size import StepSizes
+from cacheplan.runtime.features.step_size import StepSizes, arguments
 from cacheplan.runtime.features.store import Store
 from cacheplan.runtime.features.values import Constants, Forecast
 from cacheplan.runtime.features.whole import Form, join, split
@@ -39,9 +40,11 @@ class Executor:
         wirings: Mapping[str, Wiring],
         guard: Guard | None,
         sizes: StepSizes,
+        guidance: Guidance,
         report: FeatureReport,
     ) -> None:
         self.program, self.wirings, self.sizes, self.report = program, wirings, sizes, report
+        self.guidance = guidance
         self.decision = Decision(program, guard)
         self.store = Store()
         self._names = list(wirings)
@@ -53,6 +56,7 @@ class Executor:
     def on_start(self, loop: Loop) -> None:
         check_run(self.program.spec, loop.steps, loop.sigmas)
         self._reset()
+        self.guidance.start()
 
     def on_call(self, loop: Loop, inner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if torch.is_grad_enabled():
@@ -96,6 +100,8 @@ class Executor:
                 self.store.put(whole, branch, step, feature)
             if loop.call == 0:
                 self.decision.learn(given, sample(output))
+            if self.guidance.wanted:
+                self.guidance.see(sample(output))
         except BaseException:
             self._reset()
             raise
@@ -106,6 +112,8 @@ class Executor:
     def on_step(self, loop: Loop, inner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         step = loop.step
         check_step(self.program.spec, loop, inner, args, kwargs)
+        if self.guidance.wanted:
+            self.guidance.check(arguments(inner, args, kwargs).get("model_output"))
         output = self.sizes(step, inner, args, kwargs)
         self.decision.finish()
         self.report.count(self.program, step, promoted=self.decision.promoted)
