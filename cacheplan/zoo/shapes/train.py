@@ -1,11 +1,12 @@
 """Train the embedded diffusion model and write it as an ordinary `diffusers` pipeline folder.
 
-    python -m cacheplan.zoo.shapes.train OUT [--seed 0] [--minutes 50]
+    python -m cacheplan.zoo.shapes.train OUT [--seed 0] [--minutes 50] [--start FOLDER]
 
 First a small autoencoder of the pictures, then a text encoder and a PixArt transformer on its
 latents, by flow matching (Lipman et al. 2022, arXiv 2210.02747): with noise e and picture x, the
 transformer sees `(1 - s) x + s e` and predicts `e - x`; one prompt in ten is empty, for guidance.
-The whole takes about 50 minutes on two CPU cores that know bfloat16.
+The whole takes about 50 minutes on two CPU cores that know bfloat16.  `--start` goes on from a
+folder that this script has written: its autoencoder stays, the rest is trained further.
 """
 
 from __future__ import annotations
@@ -131,17 +132,24 @@ def encode_bank(model: Any, generator: torch.Generator) -> tuple[Tensor, list[st
 
 
 def train_denoiser(
-    latents: Tensor, prompts: list[str], seconds: float, generator: torch.Generator, out: Any
+    denoiser: Any,
+    reader: Any,
+    latents: Tensor,
+    prompts: list[str],
+    seconds: float,
+    peak: float,
+    generator: torch.Generator,
+    out: Any,
 ) -> tuple[Any, Any]:
     """Flow matching with logit-normal noise levels; the weights kept are a moving average."""
-    words, denoiser, reader = tokenizer(), transformer(), text_encoder()
+    words = tokenizer()
     coded = words([*prompts, ""], padding="max_length", max_length=TEXT_LENGTH, return_tensors="pt")
     ids, masks = coded.input_ids, coded.attention_mask
     both = torch.nn.ModuleList([denoiser, reader])
     average = copy.deepcopy(both)
-    optimizer = torch.optim.AdamW(both.parameters(), lr=1.2e-3, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(both.parameters(), lr=peak, weight_decay=0.01)
     for progress in paced(seconds, "transformer"):
-        schedule(optimizer, 1.2e-3, progress)
+        schedule(optimizer, peak, progress)
         rows = torch.randint(len(latents), (BATCH,), generator=generator)
         empty = torch.rand(BATCH, generator=generator) < EMPTY
         text = torch.where(empty, len(prompts), rows)
@@ -218,24 +226,46 @@ def pipeline(vae: Any, denoiser: Any, reader: Any) -> Any:
     )
 
 
+def filled(fresh: Any, trained: Any) -> Any:
+    """A new module, which knows no folder it came from, with trained weights."""
+    fresh.load_state_dict(trained.state_dict())
+    return fresh
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("out", type=Path)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--minutes", type=float, default=50.0, help="for everything")
+    parser.add_argument("--start", type=Path, help="a folder to go on from")
     arguments = parser.parse_args()
     torch.manual_seed(arguments.seed)
     generator = torch.Generator().manual_seed(arguments.seed)
     seconds = 60 * arguments.minutes
-    vae = train_autoencoder(0.16 * seconds, generator)
+    if arguments.start is None:
+        vae = train_autoencoder(0.16 * seconds, generator)
+        denoiser, reader, peak = transformer(), text_encoder(), 1.2e-3
+        seconds *= 0.84
+    else:
+        from diffusers import PixArtAlphaPipeline
+
+        made, peak = PixArtAlphaPipeline.from_pretrained(arguments.start), 6e-4
+        vae = filled(autoencoder(), made.vae).eval()
+        vae.register_to_config(scaling_factor=made.vae.config.scaling_factor)
+        denoiser, reader = (
+            filled(transformer(), made.transformer),
+            filled(text_encoder(), made.text_encoder),
+        )
     latents, prompts = encode_bank(vae, generator)
-    vae.register_to_config(scaling_factor=1 / float(latents.std()))
+    if arguments.start is None:
+        vae.register_to_config(scaling_factor=1 / float(latents.std()))
 
     def write(denoiser: Any, reader: Any) -> None:
         pipeline(vae, denoiser, reader).save_pretrained(arguments.out)
 
     scaled = latents * vae.config.scaling_factor
-    write(*train_denoiser(scaled, prompts, 0.84 * seconds, generator, write))
+    trained = train_denoiser(denoiser, reader, scaled, prompts, seconds, peak, generator, write)
+    write(*trained)
 
 
 if __name__ == "__main__":
