@@ -12,9 +12,12 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent
+sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(ROOT / "peers"))
 
 from kv_report import damage_lines, fixed_sizes  # noqa: E402
+from result_runs import ablations_section, second_section, transfer_section  # noqa: E402
+from tables import said, table  # noqa: E402
 
 PAGE = ROOT.parent / "docs" / "results.md"
 HEAD = """# Results
@@ -34,14 +37,14 @@ def diffusion_section(result: dict[str, Any]) -> str:
     for budget in budgets:
         found = result["summary"][f"{budget:g}"]
         best[budget] = [found["best"], found["peer"]]
-    table = []
+    lines = []
     for method in dict.fromkeys(row["method"] for row in rows):
         texts = []
         for budget in budgets:
             row = cells.get((method, budget))
             text = _error(row) if row else "-"
             texts.append(f"**{text}**" if method in best[budget] else text)
-        table.append([method, *texts])
+        lines.append([method, *texts])
     at_half = {row["method"]: row for row in rows if row["budget"] == 0.5 and "error" in row}
     costs = [
         [
@@ -60,6 +63,8 @@ def diffusion_section(result: dict[str, Any]) -> str:
         [
             "## Diffusion: peers at equal compute",
             "",
+            said(result),
+            "",
             f"One pipeline (the embedded `shapes`, 30 steps, guidance 3.5), {prompts['heldout']} "
             "held-out prompts, the same noise for all. Compute is FLOPs as torch counts them, over "
             "those of the full run. Every knob of a peer "
@@ -70,7 +75,7 @@ def diffusion_section(result: dict[str, Any]) -> str:
             "their own compute, at most the budget. In brackets: 95 % bootstrap intervals over "
             "prompts. Bold: the best plan and the best peer.",
             "",
-            *_table(heads, table),
+            *table(heads, lines),
             "",
             _ahead(result["summary"]),
             "",
@@ -80,7 +85,7 @@ def diffusion_section(result: dict[str, Any]) -> str:
             "run's (KID's unbiased estimator on features of a fixed random network, described in "
             "`benchmarks/peers/picture_metrics.py`):",
             "",
-            *_table(cost_heads, costs),
+            *table(cost_heads, costs),
             "",
             "Not measured:",
             "",
@@ -112,6 +117,9 @@ def _ahead(summary: dict[str, Any]) -> str:
 def kv_section(result: dict[str, Any]) -> str:
     """Peers and plans on the embedded language model, by `benchmarks/peers/kv.py`."""
     rows, decode = result["rows"], result["decode"]
+    named = result.get("model")
+    model = "the embedded `recall`" if named is None else f"`{named}`"
+    other = "" if named is None else f", on {named}"
     peers = ", ".join(f"{name} {version}" for name, version in result["peers"].items())
     whole = [
         f"{arm} {kept} of the bytes, {damage}" for arm, kept, damage in fixed_sizes(rows, "after")
@@ -127,9 +135,11 @@ def kv_section(result: dict[str, Any]) -> str:
     left_out = f" Left out of this run: {', '.join(result['left_out'])}." * bool(result["left_out"])
     return "\n".join(
         [
-            "## KV caches: peers at equal bytes",
+            f"## KV caches: peers at equal bytes{other}",
             "",
-            f"One model (the embedded `recall`), {result['prompts']} held-out prompts of some 400 "
+            said(result),
+            "",
+            f"One model ({model}), {result['prompts']} held-out prompts of some 400 "
             f"tokens, the same for all arms ({peers} on transformers "
             f"{result['versions']['transformers']}). The context is compressed once; then the true "
             "continuation is read and every next token compared with the full cache's. KL in nats "
@@ -144,7 +154,7 @@ def kv_section(result: dict[str, Any]) -> str:
             "",
             "Questions after the context, unknown when it is compressed:",
             "",
-            *_table(*damage_lines(rows, "after")),
+            *table(*damage_lines(rows, "after")),
             "",
             f"Caches in few bits that keep all tokens: {'; '.join(whole)}.",
             "",
@@ -152,7 +162,7 @@ def kv_section(result: dict[str, Any]) -> str:
             "",
             "The first question inside the context, up to its last word (one answer per prompt):",
             "",
-            *_table(*damage_lines(rows, "inside")),
+            *table(*damage_lines(rows, "inside")),
             "",
             _kv_ahead(result["goals"], "inside"),
             "",
@@ -161,7 +171,7 @@ def kv_section(result: dict[str, Any]) -> str:
             "memory traffic saves), and the bytes stored after the first step, over those of the "
             "full cache (plans take room for 64 more tokens per head at once):",
             "",
-            *_table(["arm", "ms per token", "stored"], steps),
+            *table(["arm", "ms per token", "stored"], steps),
             "",
             *_remarks(result["notes"]),
             "",
@@ -198,13 +208,13 @@ def _kv_ratio(goal: dict[str, Any]) -> str:
     return f"{goal['ratio']:.2g} [{low:.2g}, {high:.2g}]"
 
 
-def _table(heads: list[str], rows: list[list[str]]) -> list[str]:
-    return [f"| {' | '.join(line)} |" for line in (heads, ["---"] * len(heads), *rows)]
-
-
 SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "peers_kv.json": kv_section,
+    "peers_kv_second.json": kv_section,
     "peers_diffusion.json": diffusion_section,
+    "ablations.json": ablations_section,
+    "transfer.json": transfer_section,
+    "second_models.json": second_section,
 }
 
 

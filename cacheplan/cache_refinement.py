@@ -5,7 +5,8 @@ heads are cut back at once and errors meet, so a head's share of the damage is a
 logits move by the sum of what each head does, a_h, the divergence is quadratic, and with head h
 kept whole it falls by m_h = a_h^2 + 2 a_h sum_{g != h} a_g.  Half of the mixed terms are h's, so
 its share is (m_h + a_h^2) / 2, and the shares of all heads add up to the divergence (they are the
-Shapley values of this game, Shapley 1953).  A head's weight is its share per unit of its damage.
+Shapley values of this game, Shapley 1953).  A head's weight is its share over what was predicted of
+it alone, by which its sensitivities are multiplied.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from cacheplan.errors import InputError
 from cacheplan.plans.codec import encode
 from cacheplan.profilers.contextual import InContext, measure_in_context
 from cacheplan.profilers.prompts import Prompt, digest
-from cacheplan.readings import candidate_index, sensitivity, statistic
+from cacheplan.readings import candidate_index, sensitivities, statistic
 from cacheplan.types import Entry, KVAction, KVPlan, KVProfile, Statistic
 
 Floats = NDArray[np.float64]
@@ -61,7 +62,8 @@ def refine_cache_plan(
     deadline = math.inf if minutes is None else time.monotonic() + 60 * minutes
     measured = _Measured(model, profile, prompts, state)
     best = measured.of(plan)
-    first, best_plan, weight = best.kl, plan, sensitivity(profile)
+    first, best_plan = best.kl, plan
+    weight = np.ones((len(plan.model.planned), plan.model.kv_heads))
     target = _weights(profile, best_plan, best, weight)
     for number in range(1, evaluations):
         if progress:
@@ -121,27 +123,27 @@ class _Measured:
 
 
 def reweighted(profile: KVProfile, weight: Floats) -> KVProfile:
-    """A profile whose sensitivities are `weight` `[L, K]`, and nothing else is changed."""
-    damage = profile.statistics["ablation_damage"]
-    kl = damage.mean * weight[:, :, None]
-    changed = Statistic(damage.axes, damage.count, kl, np.zeros_like(kl))
+    """A profile whose sensitivities are `weight` `[L, K]` times what they were."""
+    divergence = profile.statistics["ablation_kl"]
+    kl = divergence.mean * weight[:, :, None]
+    changed = Statistic(divergence.axes, divergence.count, kl, np.zeros_like(kl))
     return replace(profile, statistics={**profile.statistics, "ablation_kl": changed})
 
 
 def _weights(profile: KVProfile, plan: KVPlan, found: InContext, weight: Floats) -> Floats:
-    """Each head's share of the divergence under the plan, per unit of its damage."""
+    """Each head's share of the divergence under the plan, over what the profile predicts."""
     assert found.restored is not None
-    damage = _damage(profile, plan)
-    alone = weight * damage
+    predicted = _predicted(profile, plan)
+    alone = weight * predicted
     share = (found.kl - found.restored + alone) / 2
     cut = alone > 0
-    new = np.where(cut, share / np.where(cut, damage, 1), weight)
+    new = np.where(cut, share / np.where(cut, predicted, 1), weight)
     return np.maximum(new, LEAST * weight)
 
 
-def _damage(profile: KVProfile, plan: KVPlan) -> Floats:
-    """What the profile measured for each head's choice, `[L, K]`."""
-    damage = statistic(profile, "damage")
+def _predicted(profile: KVProfile, plan: KVPlan) -> Floats:
+    """The KL that the profile predicts of each head's choice alone, `[L, K]`."""
+    damage = sensitivities(profile)[..., None] * statistic(profile, "damage")
     found = np.zeros(damage.shape[:2])
     for entry in plan.entries:
         action, head = entry.action, entry.site.head

@@ -11,7 +11,7 @@ from cacheplan.formulate_heads import knapsack, ranking_heads, streaming_share, 
 from cacheplan.formulate_layers import division, split
 from cacheplan.plans.rows import row_bytes
 from cacheplan.plans.storage import bare, in_few_bits
-from cacheplan.readings import candidate_index, measured, sensitivity, statistic
+from cacheplan.readings import candidate_index, measured, sensitivities, statistic
 from cacheplan.readings_bits import predicted_bits
 from cacheplan.types import (
     Budget,
@@ -37,7 +37,7 @@ def predict(profile: KVProfile, entries: tuple[Entry, ...]) -> float | None:
     Damage between measured keep fractions is interpolated linearly.  None if the profile did not
     measure what is done: heads that rank for their layer are known only after profiling.
     """
-    damage, weight = statistic(profile, "damage"), sensitivity(profile)
+    damage, weight = statistic(profile, "damage"), sensitivities(profile)
     if any(isinstance(e.action, KVAction) and in_few_bits(e.action) for e in entries):
         return predicted_bits(profile, entries)
     total = 0.0
@@ -50,7 +50,7 @@ def predict(profile: KVProfile, entries: tuple[Entry, ...]) -> float | None:
         heads = range(profile.model.kv_heads) if entry.site.head is None else [entry.site.head]
         for h in heads:
             at = np.interp(entry.action.keep, profile.keeps, damage[layer, h, a])
-            total += float(weight[layer, h] * at)
+            total += float(weight[layer, h, a] * at)
     return total
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from cacheplan.readings import Floats, candidate_index, context_length, sensitivity, statistic
+from cacheplan.readings import Floats, candidate_index, context_length, sensitivities, statistic
 from cacheplan.types import Knapsack, KVProfile, KVRecipe, TwoClasses
 
 
@@ -16,7 +16,7 @@ def knapsack(profile: KVProfile, recipe: KVRecipe, kept: float) -> Knapsack:
     spec = profile.model
     columns = [candidate_index(profile, candidate) for candidate in recipe.candidates]
     damage = statistic(profile, "damage")[:, :, columns]  # [L, K, A, G]
-    distortion = sensitivity(profile)[:, :, None, None] * damage
+    distortion = sensitivities(profile)[:, :, columns, None] * damage
     rate = np.broadcast_to(np.array(profile.keeps) / spec.rows, damage.shape)
     shape = spec.rows, damage.shape[2] * damage.shape[3]
     return Knapsack(rate.reshape(shape), distortion.reshape(shape), kept)
@@ -33,8 +33,9 @@ def two_classes(profile: KVProfile, recipe: KVRecipe, kept: float) -> TwoClasses
     All heads whole is no division of its own: that is a share of 1 for each.
     """
     (candidate,) = recipe.candidates
-    curves = statistic(profile, "damage")[:, :, candidate_index(profile, candidate)]
-    curves = (sensitivity(profile)[..., None] * curves).reshape(profile.model.rows, -1)  # [S, G]
+    index = candidate_index(profile, candidate)
+    curves = sensitivities(profile)[:, :, index, None] * statistic(profile, "damage")[:, :, index]
+    curves = curves.reshape(profile.model.rows, -1)  # [S, G]
     heads = len(curves)
     cost = np.full((heads, heads + 1), np.inf)
     for whole in range(heads):

@@ -18,7 +18,7 @@ from cacheplan.plans.storage import (
     row_storage,
     tier_bytes,
 )
-from cacheplan.readings import Floats, candidate_index, context_length, sensitivity, statistic
+from cacheplan.readings import Floats, candidate_index, context_length, sensitivities, statistic
 from cacheplan.types import Entry, KVAction, KVProfile, LanguageSpec, Precision, Tier
 
 Integers = NDArray[np.int64]
@@ -48,7 +48,7 @@ class FewBits:
         self.evicted = statistic(profile, "damage")
         weight = np.ones((*self.evicted.shape[:2], 2))  # [L, K, 2]
         if weighed:
-            self.evicted = self._sensitivities() * self.evicted
+            self.evicted = sensitivities(profile)[..., None] * self.evicted
             damage = np.maximum(statistic(profile, "coarse_damage"), _TINY)
             weight = statistic(profile, "coarse_kl") / damage
         self.packed = [
@@ -61,30 +61,6 @@ class FewBits:
             coarse = np.stack([found[..., -1] for found in self.packed], -1)  # [L, K, 2]
             lost = statistic(profile, "demoted_damage") * weight[:, :, None, None]
             self.parts = np.clip(lost / np.maximum(coarse, _TINY)[:, :, None, None], 0, 1)
-
-    def _sensitivities(self) -> Floats:
-        """Divergence per unit of damage of evicting by each candidate, `[L, K, A, 1]`.
-
-        It is that of the ablations by the candidate's own kind of scorer, where there are any:
-        tokens that differ in what they are for also differ in what their loss does.  On the
-        embedded model it is a hundred times less at some heads for what a low-pass filter drops
-        than for what attention does.
-        """
-        profile, every = self.profile, sensitivity(self.profile)
-        divergence, damage = (
-            statistic(profile, "ablation_kl"),
-            statistic(profile, "ablation_damage"),
-        )
-        found = []
-        for candidate in profile.candidates:
-            own = [
-                p
-                for p, (index, _) in enumerate(profile.probes)
-                if profile.candidates[index].scorer.name == candidate.scorer.name
-            ]
-            lost = np.maximum(damage[..., own].sum(-1), _TINY)
-            found.append(divergence[..., own].sum(-1) / lost if own else every)
-        return np.stack(found, -1)[..., None]
 
     def measured(self, action: KVAction) -> bool:
         """Whether the profile knows the choice of tokens and all precisions of `action`."""

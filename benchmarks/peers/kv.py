@@ -26,14 +26,17 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from kv_ours import SHOWN, profile_at
-from kv_report import damage_lines, fixed_sizes, goals, rows
-from kv_worker import Task
 from rich.console import Console
 from rich.table import Table
 
 from cacheplan.environment import environment, installed_versions
 from cacheplan.zoo.recall.make_prompts import CONTEXT
+
+sys.path.insert(0, str(Path(__file__).parent))  # also under PYTHONSAFEPATH
+
+from kv_ours import SHOWN, profile_at
+from kv_report import damage_lines, fixed_sizes, goals, rows
+from kv_worker import Task
 
 BUDGETS = [0.5, 0.3, 0.2, 0.1, 0.05]
 PEERS = ("kvpress", "optimum-quanto", "hqq")
@@ -87,6 +90,7 @@ def main() -> None:
         **environment(),
         "peers": {name: version for name, version in installed_versions(*PEERS) if name in PEERS},
         "prompts": prompts,
+        "model": None if options.model is None else Path(options.model).name,
         "left_out": options.without,
         "kl_of_the_full_cache_under_kvpress": patched,
         "goals": goals(made, scores, prompts),

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 
 import kvpress  # type: ignore[import-not-found]
@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from kv_measure import Arm, Held
 from kv_quantized import quantized, tokens_within
+from kv_shared import prefill, ranked_once, zip_scores
 from kvpress.presses import duo_attention_press  # type: ignore[import-not-found]
 from torch import Tensor
 from transformers import AttentionInterface, DynamicCache
@@ -209,56 +210,25 @@ def _arm(
         modules = [layer.self_attn for layer in model.model.layers]
         for module in modules:
             module.masked_key_indices = None  # of the arm before
-        if isinstance(press, kvpress.KVzipPress):  # compresses as its block ends
-            with _cache_positions(model), press(model):
-                model.model(input_ids=ids, past_key_values=cache)
-        else:
-            with press(model) if press else nullcontext():
+        context = tuple(ids[0].tolist())
+        zips = press if isinstance(press, kvpress.KVzipPress) else None  # all layers at once
+        if press and not zips:
+            with ranked_once(press, context, bits)(model):
                 pass  # what entering makes: head scores, rotary embeddings of the modules
-            for index, seen in enumerate(_prefill(model, tuple(ids[0].tolist()), attention)):
-                cache.update(seen.keys, seen.values, index)
-                if press:
-                    kwargs = {**seen.kwargs, "past_key_values": cache}
-                    press.forward_hook(modules[index], [], kwargs, seen.output)
+        for index, seen in enumerate(prefill(model, context, attention)):
+            cache.update(seen.keys, seen.values, index)
+            if press and not zips:
+                kwargs = {**seen.kwargs, "past_key_values": cache}
+                press.forward_hook(modules[index], [], kwargs, seen.output)
+        if zips:
+            scores = zip_scores(model, context, zips.kvzip_plus_normalization)
+            for module in modules:
+                module.masked_key_indices = None  # of the reading that has scored
+            zips.score_val = scores.clone()
+            zips.compress_post(model)
         return Held(cache, _unmasked_bytes(model, modules, cache))
 
     return Arm(name, "kvpress", read, at_once=_ragged, note=note)
-
-
-@dataclass(frozen=True)
-class _Seen:
-    """What one attention module got and gave, and the keys and values it stored."""
-
-    kwargs: dict[str, Any]
-    output: Any
-    keys: Tensor
-    values: Tensor
-
-
-@lru_cache(maxsize=2)
-def _prefill(model: Any, ids: tuple[int, ...], attention: str) -> list[_Seen]:
-    """One pass over a context, for all presses: they compress after attention and leave the
-    output as it is, so that each of them would see the same.
-    """
-    seen, cache = list[_Seen](), DynamicCache()
-
-    def note(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        layer = cache.layers[module.layer_idx]
-        seen.append(_Seen(dict(kwargs), output, layer.keys, layer.values))
-
-    hooks = [
-        layer.self_attn.register_forward_hook(note, with_kwargs=True)
-        for layer in model.model.layers
-    ]
-    model.set_attn_implementation(attention)
-    try:
-        with _cache_positions(model):
-            model.model(input_ids=torch.tensor([ids]), past_key_values=cache)
-    finally:
-        model.set_attn_implementation("sdpa")
-        for hook in hooks:
-            hook.remove()
-    return seen
 
 
 def _unmasked_bytes(model: Any, modules: list[Any], cache: Any) -> int | None:
@@ -269,26 +239,6 @@ def _unmasked_bytes(model: Any, modules: list[Any], cache: Any) -> int | None:
     rows: int = sum(layer.keys.shape[1] * layer.keys.shape[2] for layer in cache.layers)
     rows -= sum(len(mask[0]) for mask in masks if mask is not None)
     return rows * 2 * int(modules[0].head_dim) * 2  # keys and values in 16 bits
-
-
-@contextmanager
-def _cache_positions(model: Any) -> Iterator[None]:
-    """Tell attention modules the tokens' places in the cache, as transformers before 5.3 did."""
-
-    def tell(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        past = kwargs["past_key_values"].get_seq_length(module.layer_idx)
-        new = kwargs["hidden_states"].shape[1]
-        return args, {**kwargs, "cache_position": torch.arange(past, past + new)}
-
-    hooks = [
-        layer.self_attn.register_forward_pre_hook(tell, with_kwargs=True)
-        for layer in model.model.layers
-    ]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 @contextmanager
@@ -315,16 +265,17 @@ def _ragged_attention(
     **_: Any,
 ) -> tuple[Tensor, None]:
     new, stored, heads = query.shape[2], key.shape[2], key.shape[1]
-    seen = torch.ones(new, stored, dtype=torch.bool).tril(stored - new)
-    seen = seen.expand(query.shape[0], heads, new, stored).clone()
+    seen = torch.ones(1, 1, new, stored, dtype=torch.bool).tril(stored - new)
     masked = getattr(module, "masked_key_indices", None)
     if masked is not None:
-        seen[masked[0], masked[1], :, masked[2]] = False
+        whole = torch.ones(query.shape[0], heads, 1, stored, dtype=torch.bool)
+        whole[masked[0], masked[1], 0, masked[2]] = False
+        seen = (seen & whole).repeat_interleave(query.shape[1] // heads, 1)
     found = torch.nn.functional.scaled_dot_product_attention(
         query,
         key,
         value,
-        attn_mask=seen.repeat_interleave(query.shape[1] // heads, 1),
+        attn_mask=seen,
         scale=scaling,
         enable_gqa=True,
     )

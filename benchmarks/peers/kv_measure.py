@@ -53,7 +53,7 @@ class Score:
     """Damage and bytes of one arm on one prompt.
 
     `logical` bytes are after the context, without what is only masked, `physical` are the storages
-    at that moment, and `stepped` those after one more token.
+    at that moment, and `stepped` those after one more token, None where that was not asked for.
     """
 
     kl: float
@@ -63,7 +63,7 @@ class Score:
     answers: int
     logical: int
     physical: int
-    stepped: int
+    stepped: int | None
 
 
 @torch.no_grad()
@@ -78,28 +78,32 @@ def full_logits(model: Any, prompt: Prompt) -> Tensor:
 
 
 @torch.no_grad()
-def measure(model: Any, arm: Arm, prompt: Prompt, reference: Tensor) -> Score:
+def measure(
+    model: Any, arm: Arm, prompt: Prompt, reference: Tensor, *, stepped: bool = True
+) -> Score:
     """Read the context, compress it, read the true continuation and compare (teacher forcing)."""
     with arm.following(model):
         held = arm.read(model, torch.tensor([prompt.context]))
         physical = stored_bytes(held.cache)
         with arm.at_once(model):
-            first = _following(model, held.cache, prompt, 0, 1)
-            stepped = stored_bytes(held.cache)
-            logits = torch.cat([first, continued(model, held.cache, prompt, arm.every, 1)])
-    target = torch.tensor(prompt.continuation[1:])
-    best = logits.argmax(-1)
+            logits, after_a_step = list[Tensor](), None
+            if stepped:
+                logits.append(_following(model, held.cache, prompt, 0, 1))
+                after_a_step = stored_bytes(held.cache)
+            logits.append(continued(model, held.cache, prompt, arm.every, len(logits)))
+    found, target = torch.cat(logits), torch.tensor(prompt.continuation[1:])
+    best = found.argmax(-1)
     right = best == target
     recalled = [bool(right[a - 1 : b - 1].all()) for a, b in prompt.answers if a > 0]
     return Score(
-        kl=float(kl_divergence(reference[None], logits[None])),
-        nll=float(torch.nn.functional.cross_entropy(logits.float(), target)),
+        kl=float(kl_divergence(reference[None], found[None])),
+        nll=float(torch.nn.functional.cross_entropy(found.float(), target)),
         agreement=float((best == reference.argmax(-1)).float().mean()),
         right=sum(recalled),
         answers=len(recalled),
         logical=physical if held.logical is None else held.logical,
         physical=physical,
-        stepped=stepped,
+        stepped=after_a_step,
     )
 
 

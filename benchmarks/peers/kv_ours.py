@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from kv_measure import Arm, Held
+from kv_replay import Contexts
 from torch import Tensor
 from transformers import DynamicCache
 
@@ -17,7 +17,8 @@ from cacheplan.errors import CacheplanError
 from cacheplan.plans.io import read_plan, write_plan
 from cacheplan.plans.rows import kept_rows
 from cacheplan.recipes import find_recipe
-from cacheplan.runtime import apply
+from cacheplan.runtime.cache import PlanCache
+from cacheplan.runtime.language import following as follow
 from cacheplan.types import KVPlan, KVProfile
 
 REFINED = " refined"  # the ending of arms whose plan is refined on the calibration prompts
@@ -37,11 +38,17 @@ STEPS = 16  # tokens read at a time where a plan evicts at every token: one by o
 
 
 def our_arms(
-    profile: KVProfile, budget: float, names: Sequence[str], model: str | None, plans: Path
+    profile: KVProfile,
+    budget: float,
+    names: Sequence[str],
+    model: str | None,
+    plans: Path,
+    contexts: Contexts,
 ) -> tuple[list[Arm], dict[str, str]]:
     """One arm per recipe, some also refined; and why the others do not run.
 
-    Plans are kept in the folder `plans`, as refining takes minutes.
+    Plans are kept in the folder `plans`, as refining takes minutes.  The arms read their prompts
+    from `contexts`, which are of the measured model.
     """
     arms, refused = list[Arm](), dict[str, str]()
     for name in names:
@@ -54,7 +61,7 @@ def our_arms(
         except CacheplanError as error:
             refused[name] = str(error)
             continue
-        arms.append(_planned(name, plan))
+        arms.append(planned_arm(name, plan, contexts))
     return arms, refused
 
 
@@ -91,19 +98,24 @@ def profile_at(out: Path, model: str | None, calibration: Path | None) -> Path:
     return out
 
 
-def _planned(name: str, plan: KVPlan) -> Arm:
-    made: Any = None
-
-    @contextmanager
-    def following(model: Any) -> Iterator[None]:
-        nonlocal made
-        with apply(model, plan) as made:
-            yield
+def planned_arm(name: str, plan: KVPlan, contexts: Contexts) -> Arm:
+    """A plan that the model follows, which reads prompts from `contexts`."""
 
     def read(model: Any, ids: Tensor) -> Held:
-        model.model(input_ids=ids)
-        return Held(made[-1])
+        cache = PlanCache(plan, model)
+        if plan.trigger.prefill_chunk:  # its pieces see what earlier evictions have left
+            model.model(input_ids=ids, past_key_values=cache)
+        else:
+            contexts.read(cache, ids)
+        return Held(cache)
 
     every = plan.trigger.decode_every
     note = f"evicts after every {every} new tokens" if every else ""
-    return Arm(name, "cacheplan", read, following=following, every=every, note=note)
+    return Arm(
+        name,
+        "cacheplan",
+        read,
+        following=lambda model: follow(model, plan),
+        every=every,
+        note=note,
+    )

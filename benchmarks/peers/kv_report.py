@@ -13,7 +13,8 @@ from intervals import mean_interval, ratio_interval
 GOAL = 1 / 3  # our KL as a share of the best peer's
 NEGLIGIBLE = 1e-4  # nats: where both are below, the ratio says nothing
 OURS, BOTH = "cacheplan", "both"
-Scores = dict[str, list[dict[str, float]]]  # by JSON of [setting, budget, family, arm]
+Scored = list[dict[str, Any]]  # one `kv_measure.Score` for each prompt
+Scores = dict[str, Scored]  # by JSON of [setting, budget, family, arm]
 
 
 def rows(scores: Scores, prompts: int) -> list[dict[str, Any]]:
@@ -121,7 +122,7 @@ def _cell(row: dict[str, Any] | None, best: float) -> str:
     return (f"**{kl}**" if row["kl"] == best else kl) + recall
 
 
-def _keyed(scores: Scores) -> Iterable[tuple[tuple[Any, ...], list[dict[str, float]]]]:
+def _keyed(scores: Scores) -> Iterable[tuple[tuple[Any, ...], Scored]]:
     return ((tuple(json.loads(key)), found) for key, found in scores.items())
 
 
@@ -129,5 +130,11 @@ def _best(candidates: list[dict[str, Any]]) -> dict[str, Any]:
     return min(candidates, key=lambda row: float(row["kl"]))
 
 
-def _share(found: list[dict[str, float]], full: list[dict[str, float]], name: str) -> float:
-    return sum(score[name] for score in found) / sum(score[name] for score in full)
+def _share(found: Scored, full: Scored, name: str) -> float:
+    """Bytes over those of the full cache, on the prompts where they were counted.
+
+    An arm that has failed at a prompt has no scores from there on.
+    """
+    both = [(own[name], whole[name]) for own, whole in zip(found, full, strict=False)]
+    counted = [(own, whole) for own, whole in both if own is not None and whole is not None]
+    return float(sum(own for own, _ in counted) / sum(whole for _, whole in counted))

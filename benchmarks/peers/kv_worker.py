@@ -16,16 +16,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+sys.path.insert(0, str(Path(__file__).parent))  # also under PYTHONSAFEPATH
+
 from kv_measure import Arm, Score, full_logits, measure, stepwise_difference, timed
 from kv_ours import full_arm, our_arms, shares
 from kv_prompts import asked_inside, prompts_of
 from kv_quantized import quantized_arms
+from kv_replay import Contexts
 
 from cacheplan import api
-from cacheplan.adapters.language import load
+from cacheplan.adapters.language import LanguageModel, load
 from cacheplan.profilers.prompts import Prompt
 from cacheplan.types import KVProfile
 
+STEPPED = 8  # prompts on which bytes are counted after one more token: a call of its own
 CHECKED, CHECKED_AT = 8, 0.2  # steps and budget of the check that many tokens may follow at once
 SETTINGS: dict[str, Callable[[Prompt], Prompt | None]] = {
     "after": lambda prompt: prompt,
@@ -66,7 +71,7 @@ def main() -> None:
     refused = dict[str, str]()
     arms = [
         (budget, arm)
-        for budget, arm in _arms(task, profile, loaded.tokenizer, refused)
+        for budget, arm in _arms(task, profile, loaded, refused)
         if arm.name not in task.without
     ]
     prompts = prompts_of(
@@ -80,15 +85,16 @@ def main() -> None:
 
 
 def _arms(
-    task: Task, profile: KVProfile, tokenizer: Any, refused: dict[str, str]
+    task: Task, profile: KVProfile, loaded: LanguageModel, refused: dict[str, str]
 ) -> Iterator[tuple[float | None, Arm]]:
     """Arms with their budgets, None for those that have no choice."""
     if task.family == "cacheplan":
         yield None, full_arm()
         for arm in quantized_arms():
             yield None, arm
+        contexts, plans = Contexts(loaded.model.model), Path(task.plans)
         for budget in task.budgets:
-            arms, reasons = our_arms(profile, budget, task.ours, task.model, Path(task.plans))
+            arms, reasons = our_arms(profile, budget, task.ours, task.model, plans, contexts)
             refused.update({f"{name} at {budget:g}": why for name, why in reasons.items()})
             yield from ((budget, arm) for arm in arms)
     else:
@@ -96,8 +102,8 @@ def _arms(
 
         file = None if task.calibration is None else Path(task.calibration)
         texts = [
-            tokenizer.decode(prompt.context, skip_special_tokens=True)
-            for prompt in calibration(file, tokenizer, profile.prompts)
+            loaded.tokenizer.decode(prompt.context, skip_special_tokens=True)
+            for prompt in calibration(file, loaded.tokenizer, profile.prompts)
         ]
         yield None, full_arm()  # the patched attention without a press must change nothing
         for budget in task.budgets:
@@ -133,7 +139,7 @@ def _measure(
             for budget, arm in list(arms):
                 key = json.dumps([setting, budget, arm.family, arm.name])
                 try:
-                    score = measure(model, arm, seen, reference)
+                    score = measure(model, arm, seen, reference, stepped=number < STEPPED)
                     if number == 0 and setting == "after" and budget in (CHECKED_AT, None):
                         differences[arm.name] = stepwise_difference(model, arm, seen, CHECKED)
                 except Exception as error:  # a peer's own: the arm is left out and the reason kept

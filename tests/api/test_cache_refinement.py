@@ -18,7 +18,7 @@ from cacheplan.errors import InputError, UnsupportedError
 from cacheplan.inputs import prompts_for
 from cacheplan.plans.check import kv_only
 from cacheplan.profilers.contextual import InContext, measure_in_context
-from cacheplan.readings import sensitivity
+from cacheplan.readings import sensitivities
 from cacheplan.types import KVAction, KVPlan, KVProfile
 from cacheplan.verification import measure_damage
 
@@ -65,13 +65,16 @@ def test_context_is_what_the_runtime_does(plan: KVPlan) -> None:
 
 
 def test_weights_are_what_the_reweighted_profile_says(profile: KVProfile) -> None:
-    weight = np.random.default_rng(0).uniform(0.1, 2, sensitivity(profile).shape)
-    np.testing.assert_allclose(sensitivity(reweighted(profile, weight)), weight)
+    before = sensitivities(profile)
+    weight = np.random.default_rng(0).uniform(0.1, 2, before.shape[:2])
+    np.testing.assert_allclose(
+        sensitivities(reweighted(profile, weight)), weight[..., None] * before
+    )
 
 
 def test_shares_add_up_to_a_quadratic_divergence(profile: KVProfile, plan: KVPlan) -> None:
-    """If the divergence is (sum a)^2, weights times damage is the whole of it."""
-    damage = cache_refinement._damage(profile, plan)
+    """If the divergence is (sum a)^2, weights times predictions is the whole of it."""
+    damage = cache_refinement._predicted(profile, plan)
     amount = np.random.default_rng(1).uniform(0.1, 1, damage.shape) * (damage > 0)
     alone = np.where(damage > 0, amount**2 / np.where(damage > 0, damage, 1), 1)
     total = amount.sum()

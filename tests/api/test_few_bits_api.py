@@ -15,7 +15,7 @@ from cacheplan.types import KVProfile
 @pytest.fixture(scope="module")
 def profile(tmp_path_factory: pytest.TempPathFactory) -> KVProfile:
     out = tmp_path_factory.mktemp("profile") / "profile.safetensors"
-    found = api.profile(out=out, limit=2, ablate=1)
+    found = api.profile(out=out, limit=4, ablate=1)
     assert isinstance(found, KVProfile)
     return found
 
@@ -23,7 +23,7 @@ def profile(tmp_path_factory: pytest.TempPathFactory) -> KVProfile:
 def test_errors_of_tokens_and_bits_add_up(profile: KVProfile) -> None:
     found = sums_checked(profile)
     assert len(found) == len(profile.joint) == 4
-    assert all(0.6 < ratio < 1.7 for _, ratio in found)
+    assert all(0.5 < ratio < 2 for _, ratio in found), "four prompts tell no more"
 
 
 @pytest.mark.parametrize("recipe", ["joint", "int8", "int4", "kivi", "zipcache", "mikv", "kvtuner"])

@@ -1,0 +1,89 @@
+"""Sections of docs/results.md of results with one run for each model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from markdown import feature_table, recipe_table
+from tables import crossed, number, said, table
+
+
+def ablations_section(result: dict[str, Any]) -> str:
+    """Plans that lack one part each, by `benchmarks/ablations.py`."""
+    lines = [
+        "## Where the gain comes from",
+        "",
+        "Every row is the whole planner with one thing in another's place, solved from the same "
+        "profile for the same budget. A cell is the damage (KL in nats per token; relative error "
+        "of the final latent), and how many times that of the plan in brackets behind its name, "
+        "with a 95 % bootstrap interval over prompts. Below 1 the planner would be better off "
+        "without that part.",
+    ]
+    for name, run in result["runs"].items():
+        rows = run["rows"]
+        budgets = list(dict.fromkeys(row["budget"] for row in rows))
+        cell = {(row["variant"], row["budget"]): row for row in rows}
+        cells = []
+        for axis, variant, whole in dict.fromkeys(
+            (row["axis"], row["variant"], row["whole"]) for row in rows
+        ):
+            shown = variant if variant == whole else f"{variant} ({whole})"
+            texts = [_times(cell.get((variant, budget))) for budget in budgets]
+            cells.append([axis or "**whole**", shown, *texts])
+        heads = ["part", "in its place", *(f"at {budget:g}" for budget in budgets)]
+        lines += ["", f"### {name}, {run['prompts']} prompts", "", said(run), ""]
+        lines += table(heads, cells)
+    return "\n".join(lines)
+
+
+def _times(row: dict[str, Any] | None) -> str:
+    if row is None:
+        return "-"
+    damage = number(row["kl"] if "kl" in row else row["error"])
+    if row["variant"] == row["whole"]:
+        return damage
+    low, high = row["times_interval"]
+    return f"{damage}, {row['times']:.3g} [{low:.3g}, {high:.3g}]"
+
+
+def transfer_section(result: dict[str, Any]) -> str:
+    """Plans used on other prompts than they were measured on, by `benchmarks/transfer.py`."""
+    lines = [
+        "## Calibrated on one kind of prompts, used on another",
+        "",
+        "Cells are KL in nats per token and the share of right answers, or the relative error of "
+        "the final latent and PSNR. Kinds of texts (`benchmarks/recall_families.py`): questions "
+        "`after` the context; a question `inside` it, up to its last word; `copies` of its last 48 "
+        "words; mostly `filler`; contexts of 1000 words (`longer`). The mixture has as many "
+        "prompts as each kind, taking turns. Methods that are calibrated on nothing are the same "
+        "in all rows.",
+    ]
+    for name, run in result["runs"].items():
+        lines += ["", f"### {name}, {run['prompts']} prompts of each kind", "", said(run)]
+        for heads, cells in crossed(run["rows"]):
+            lines += ["", *table(heads, cells)]
+    return "\n".join(lines)
+
+
+def second_section(result: dict[str, Any]) -> str:
+    """All recipes on models that nothing was tuned to, by `benchmarks/second_results.py`."""
+    lines = [
+        "## Second models",
+        "",
+        "Made by `benchmarks/second_models.py`; nothing of the planner was chosen by them. A Qwen3 "
+        "of 4 layers that speaks made-up words, and a class-conditional DiT of patterns. Bold: the "
+        "least damage.",
+    ]
+    for name, run in result["runs"].items():
+        about = ", ".join(f"{key} {value}" for key, value in run["model"].items())
+        made = recipe_table if name.startswith("language") else feature_table
+        lines += [
+            "",
+            f"### {name}, {run['prompts']} prompts",
+            "",
+            said(run),
+            "",
+            f"Model: {about}.",
+        ]
+        lines += ["", made(run)]
+    return "\n".join(lines)
