@@ -8,13 +8,19 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+RECIPES = ("planned", "uniform", "streaming_llm", "h2o", "snapkv", "adakv", "pyramidkv")
+RECIPES += ("keydiff", "flashcache", "duoattention", "kvzip")  # in the README
+FEATURES = ("planned", "fewer steps", "uniform", "taylorseer", "cachequant", "dpcache")
+FEATURES += ("magcache", "ertacache", "fbcache", "teacache", "easycache")
 
-def recipe_table(result: dict[str, Any]) -> str:
-    """KL and recall of every recipe at every budget, best KL of each budget in bold."""
-    return _kl_table(result, "keep {:g}")
+
+def recipe_table(result: dict[str, Any], names: Sequence[str] | None = None) -> str:
+    """KL and recall of recipes (all if not named) at every budget, best KL of each in bold."""
+    return _kl_table(result, "keep {:g}", names)
 
 
 def bits_table(result: dict[str, Any]) -> str:
@@ -22,14 +28,14 @@ def bits_table(result: dict[str, Any]) -> str:
     return _kl_table(result, "{:g} of the bytes")
 
 
-def _kl_table(result: dict[str, Any], column: str) -> str:
+def _kl_table(result: dict[str, Any], column: str, names: Sequence[str] | None = None) -> str:
     rows = [row for row in result["rows"] if row["kl"] is not None]
     budgets = sorted({row["budget"] for row in rows}, reverse=True)
     cell = {(row["recipe"], row["budget"]): row for row in rows}
     best = {b: min(row["kl"] for row in rows if row["budget"] == b) for b in budgets}
     heads = ["KL to the full cache, recall", *map(column.format, budgets)]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-    for name in dict.fromkeys(row["recipe"] for row in rows):
+    for name in names or dict.fromkeys(row["recipe"] for row in rows):
         texts = []
         for budget in budgets:
             row = cell.get((name, budget))
@@ -86,12 +92,13 @@ def memory_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def feature_table(result: dict[str, Any]) -> str:
-    """Error and PSNR of every feature recipe at every budget, least error of each in bold."""
+def feature_table(result: dict[str, Any], names: Sequence[str] | None = None) -> str:
+    """Error and PSNR of feature recipes (all if not named), least error of each budget in bold."""
     rows = result["rows"]
     budgets = sorted({row["budget"] for row in rows}, reverse=True)
-    names = list(dict.fromkeys(row["recipe"] for row in rows))
-    names.sort(key=lambda name: name != "planned")
+    if names is None:
+        every = dict.fromkeys(row["recipe"] for row in rows)
+        names = sorted(every, key=lambda name: name != "planned")
     cell = {(row["recipe"], row["budget"]): row for row in rows}
     best = {b: min(row["error"] for row in rows if row["budget"] == b) for b in budgets}
     heads = ["error of the final latent, PSNR", *(f"compute {budget:g}" for budget in budgets)]
@@ -132,6 +139,8 @@ def feature_headline(result: dict[str, Any]) -> str:
 if __name__ == "__main__":
     found = json.loads(Path(sys.argv[1]).read_text())
     if "error" in found["rows"][0]:
-        print(feature_table(found), feature_headline(found), sep="\n\n")
+        print(feature_table(found, FEATURES), feature_headline(found), sep="\n\n")
+    elif "predicted_kl" in found["rows"][0] and "bytes" in found["rows"][0]:
+        print(bits_table(found))
     else:
-        print(recipe_table(found), headline(found), sep="\n\n")
+        print(recipe_table(found, RECIPES), headline(found), sep="\n\n")

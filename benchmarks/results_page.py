@@ -16,6 +16,7 @@ sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(ROOT / "peers"))
 
 from kv_report import damage_lines, fixed_sizes  # noqa: E402
+from markdown import feature_headline, feature_table, headline, recipe_table  # noqa: E402
 from result_runs import ablations_section, second_section, transfer_section  # noqa: E402
 from tables import said, table  # noqa: E402
 
@@ -208,7 +209,47 @@ def _kv_ratio(goal: dict[str, Any]) -> str:
     return f"{goal['ratio']:.2g} [{low:.2g}, {high:.2g}]"
 
 
+def recipes_section(result: dict[str, Any]) -> str:
+    """Every recipe on the embedded language model, by `benchmarks/recipes.py`."""
+    return "\n".join(
+        [
+            "## KV caches: every recipe from one profile",
+            "",
+            said(result),
+            "",
+            "The embedded `recall`, held-out prompts: half of them ask after the context has been "
+            "compressed, half end in a question. KL to the full cache in nats per token, and the "
+            "share of answers that are right; best KL of each budget in bold.",
+            "",
+            recipe_table(result),
+            "",
+            f"{headline(result)}.",
+        ]
+    )
+
+
+def features_section(result: dict[str, Any]) -> str:
+    """Every recipe on the embedded diffusion model, by `benchmarks/features.py`."""
+    return "\n".join(
+        [
+            "## Diffusion: every recipe from one profile",
+            "",
+            said(result),
+            "",
+            "The embedded `shapes`, 32 held-out prompts, every arm from the same noise. Error of "
+            "the final latent, relative to its length, and PSNR; gates decide while they run and "
+            "hold a budget only on average.",
+            "",
+            feature_table(result),
+            "",
+            f"{feature_headline(result)}.",
+        ]
+    )
+
+
 SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "recipes.json": recipes_section,
+    "features.json": features_section,
     "peers_kv.json": kv_section,
     "peers_kv_second.json": kv_section,
     "peers_diffusion.json": diffusion_section,

@@ -3,7 +3,8 @@
 A plan is made from statistics of full runs.  Under the plan features drift, and errors of one step
 meet those of another; only a run shows what that does to the final latent.  So computed steps are
 moved one at a time, everything else is fitted anew by the planner's own code, and a schedule that
-measures better than the best so far takes its place.
+measures better than the best so far takes its place.  Then the weights of its forecasts are fitted
+to the final latents themselves.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from cacheplan.adapters.sampling import run_pipeline
 from cacheplan.atomic import atomic_write
 from cacheplan.errors import InputError, PlanError
 from cacheplan.formulate_features import plan_for, searched
+from cacheplan.picture_weights import directions, fit_weights
 from cacheplan.plans.check import check
 from cacheplan.plans.codec import decode, encode
 from cacheplan.plans.io import dumps
@@ -90,8 +92,9 @@ def refine_plan(
     """The best plan found within `plan`'s budget, and never a worse one on these prompts.
 
     At most `evaluations` schedules are run, the plan's own and those of an earlier, interrupted
-    search included, and none is begun after `minutes`.  `state` is the file that keeps them; it
-    is removed when no move is left to try.
+    search included; forecast weights, where the plan has any, are fitted to the best of them
+    (`picture_weights.py`).  No run is begun after `minutes`.  `state` is the file that keeps the
+    schedules; it is removed when no move is left to try.
     """
     schedule, rows = searched(profile, recipe, plan.budget.kept)
     start = computed_steps(plan, rows)
@@ -139,10 +142,13 @@ def refine_plan(
         finished = False
     if not finished:
         ending = "stopped before all moves were tried"
-    elif state is not None:
-        state.unlink(missing_ok=True)
     refined = candidate(runs.best)
     assert refined is not None
+    if directions(refined):
+        refined, words, in_time = _reweighted(refined, runs, told)
+        finished, ending = finished and in_time, f"{ending}; {words}"
+    if finished and state is not None:
+        state.unlink(missing_ok=True)
     certificate = Certificate(
         solver="local search",
         value=runs.value,
@@ -154,6 +160,26 @@ def refine_plan(
     refined = replace(refined, certificate=certificate)
     check(refined)
     return refined
+
+
+def _reweighted(
+    plan: FeaturePlan, runs: _Runs, told: Callable[[int, float], None]
+) -> tuple[FeaturePlan, str, bool]:
+    """The plan with its weights fitted, what to say of it, and whether time sufficed."""
+    before, best, in_time = runs.value, plan, True
+
+    def better(found: FeaturePlan, value: float) -> None:
+        nonlocal best
+        best, runs.value = found, value
+        told(len(runs.known), value)
+
+    try:
+        full = [runs.reference(index) for index in range(len(runs.calls))]
+        fit_weights(plan, runs.latent, full, worth=WORTH, better=better)
+    except _OutOfTime:
+        in_time = False
+    gained = f"from {before:.4g}" if best is not plan else "without gain"
+    return best, f"weights fitted {gained}" + ("" if in_time else " until time was up"), in_time
 
 
 def computed_steps(plan: FeaturePlan, rows: Rows) -> Mask:
@@ -206,19 +232,32 @@ class _Runs:
     def _run(self, plan: FeaturePlan) -> tuple[float, ...]:
         errors: list[float] = []
         for index in self.order:
-            if time.monotonic() >= self.deadline and self.value < math.inf:
-                raise _OutOfTime
-            arguments, seed = self.calls[index]
-            full = self.full[index]
-            if full is None:
-                full = self.full[index] = run_pipeline(self.pipe, arguments, seed=seed).latent
-            with apply_features(self.pipe, plan):
-                latent = run_pipeline(self.pipe, arguments, seed=seed).latent
-            error = math.sqrt(relative_square(latent, full))
+            full = self.reference(index)
+            error = math.sqrt(relative_square(self.latent(plan, index), full))
             errors.append(error if math.isfinite(error) else LOST)
             if sum(errors) / len(self.calls) >= self.value * (1 - WORTH):
                 break
         return tuple(errors)
+
+    def reference(self, index: int) -> Tensor:
+        """The final latent of a prompt's full run."""
+        found = self.full[index]
+        if found is None:
+            arguments, seed = self._next(index)
+            found = self.full[index] = run_pipeline(self.pipe, arguments, seed=seed).latent
+        return found
+
+    def latent(self, plan: FeaturePlan, index: int) -> Tensor:
+        """The final latent of a prompt under a plan."""
+        arguments, seed = self._next(index)
+        with apply_features(self.pipe, plan):
+            return run_pipeline(self.pipe, arguments, seed=seed).latent
+
+    def _next(self, index: int) -> tuple[dict[str, Any], int]:
+        """What a run is given; no other is begun when time is up, once the plan is measured."""
+        if time.monotonic() >= self.deadline and self.value < math.inf:
+            raise _OutOfTime
+        return self.calls[index]
 
     def _keep(self, tried: Tried) -> None:
         self.trials = replace(self.trials, tried=(*self.trials.tried, tried))

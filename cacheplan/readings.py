@@ -11,6 +11,7 @@ from cacheplan.errors import InputError, ProfileError
 from cacheplan.types import KVAction, KVProfile
 
 Floats = NDArray[np.float64]
+_OF_ALL = 0.03
 _NEEDS = {  # what a statistic is measured with, where that is not always the case
     "ablation_kl": " with --ablate 8",
     "ablation_damage": " with --ablate 8",
@@ -54,16 +55,18 @@ def sensitivities(profile: KVProfile) -> Floats:
     It is that of the ablations by the candidate's own kind of scorer, where there are any: tokens
     that differ in what they are for also differ in what their loss does.  On the embedded model it
     is a hundred times less at some heads for what a low-pass filter drops than for what attention
-    does.
+    does.  A little of the mean over all kinds (`_OF_ALL`) keeps it off zero, which few ablations
+    may find by chance.
     """
     kinds = [profile.candidates[index].scorer.name for index, _ in profile.probes]
-    every = list(range(len(kinds)))
+    mean = sensitivity(profile)
     found: dict[str, Floats] = {}
     for candidate in profile.candidates:
         name = candidate.scorer.name
         if name not in found:
-            own = [p for p in every if kinds[p] == name]
-            found[name] = _sensitivity(profile, own or every)
+            own = [p for p, kind in enumerate(kinds) if kind == name]
+            alone = _sensitivity(profile, own) if own else mean
+            found[name] = (alone + _OF_ALL * mean) / (1 + _OF_ALL)
     return np.stack([found[candidate.scorer.name] for candidate in profile.candidates], -1)
 
 

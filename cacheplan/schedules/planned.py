@@ -36,6 +36,10 @@ Floats = NDArray[np.float64]
 Mask = NDArray[np.bool_]
 Filled = tuple[NDArray[np.int64], float, float]  # served, damage, rate
 _ROUNDS = 40  # halvings of the multiplier's logarithm
+# of the damage predicted for forecasts of the model's own delta, where the latent drifts: they are
+# added to the drifted latent, so they answer to it as the model does, and others do not.  Measured
+# on two trained pipelines at a third to four tenths of the computation
+_ANSWERING = 0.5
 _NEAR = 2  # numbers of computed steps tried on either side of the relaxed one
 _AROUND = np.logspace(-1.5, 1.5, 31).tolist()
 _SLACK = 1e-9
@@ -69,7 +73,10 @@ class Serving:
 
 
 def options(profile: FeatureProfile, ridge: float = RIDGE) -> tuple[Option, ...]:
-    """The sites that may serve a step, with their damage to the final latent."""
+    """The sites that may serve a step, with their damage to the final latent.
+
+    A `ridge` above `RIDGE` says that the latent drifts (`plan_steps`).
+    """
     spec = profile.model
     total = spec.steps * spec.cost
     power, weight = statistic(profile, "power"), sensitivity(profile)
@@ -79,6 +86,8 @@ def options(profile: FeatureProfile, ridge: float = RIDGE) -> tuple[Option, ...]
         gram = Gram.of(profile, site, ridge)
         share = power[site_index(profile, site)]
         scale = of_output if site.part == "model" else weight * share
+        if site.part == "model" and ridge > RIDGE:
+            scale = scale * _ANSWERING**2
         absent = [step for step in range(spec.steps) if not runs(spec, site, step)]
         single, pair = scale * gram.hold(), scale * gram.forecast("fitted", 1)
         single[:, absent], pair[:, :, absent] = np.inf, np.inf
