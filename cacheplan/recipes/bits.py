@@ -114,7 +114,7 @@ BIT_ROWS = (
     KVRecipe(
         name="mikv",
         summary="heavy hitters and recent tokens, a fifth, in 8 bits, the others in 2",
-        paper="Yang et al. 2024, arXiv 2402.18096 (no balancer of channels; keys per channel)",
+        paper="Yang et al. 2024, arXiv 2402.18096 (keys per channel, which no balancer changes)",
         allocation="fixed",
         candidates=(
             KVAction(

@@ -253,7 +253,8 @@ def test_each_kind_of_scorer_is_weighed_by_its_own_ablation() -> None:
     damage, bits = PROFILE.statistics["damage"].mean, FewBits(profile)
     for name, weight in (("snapkv", 0.5), ("keydiff", 0.375 / 2), ("knorm", 0.875 / 3)):
         action = RECIPES[name].candidates[0]
-        expected = weight * damage[:, :, CANDIDATES.index(action), 1]
+        drawn = (weight + 0.03 * 0.875 / 3) / 1.03  # a little towards the mean over all kinds
+        expected = drawn * damage[:, :, CANDIDATES.index(action), 1]
         np.testing.assert_allclose(bits.kl(replace(action, keep=KEEPS[1])), expected)
 
 
