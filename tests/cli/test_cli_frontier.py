@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from cacheplan import api
 from cacheplan.cli import app
 from cacheplan.plans.check import kv_only
+from cacheplan.recipes import RECIPES
 
 run = CliRunner().invoke
 
@@ -48,6 +49,17 @@ def test_the_table_names_what_is_left_out(profile: Path) -> None:
     assert "planned" in result.stdout
     assert "50.0 %" in result.stdout
     assert "planned at 0.0001 is left out" in result.stderr
+
+
+def test_all_are_those_that_the_profile_knows(profile: Path) -> None:
+    result = run(app, ["frontier", str(profile), "--recipe", "all", "--budgets", "0.3", "--json"])
+    assert result.exit_code == 0, result.stderr
+    found = json.loads(result.stdout)
+    solved = {point["recipe"] for point in found["points"]}
+    assert {"planned", "joint", "snapkv", "cake", "int4"} <= solved
+    left_out = {sentence.split()[0] for sentence in found["left_out"]}
+    assert {"kvzip", "kvmerger"} <= left_out, "they need passes of their own"
+    assert solved | left_out == set(RECIPES)
 
 
 @pytest.mark.parametrize(
