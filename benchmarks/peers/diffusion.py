@@ -32,8 +32,7 @@ import numpy as np
 import planned_caches
 import torch
 from diffusers.utils import logging as diffusers_logging
-from intervals import resamples
-from picture_curves import At, front, interval, mean_error, place, wanted
+from picture_curves import At, front, mean_error, place, wanted
 from picture_runs import FULL, Bench, Measured, Setting
 from rich.console import Console
 from rich.table import Table
@@ -42,6 +41,7 @@ from cacheplan import api
 from cacheplan.adapters.denoiser import load
 from cacheplan.atomic import atomic_write
 from cacheplan.environment import environment, installed_versions
+from cacheplan.intervals import interval, resamples
 from cacheplan.profilers.feature_prompts import load_picture_prompts
 from cacheplan.types import FeaturePlan, FeatureProfile
 from cacheplan.zoo import EMBEDDED_DIFFUSION_MODEL, embedded_call, embedded_prompts

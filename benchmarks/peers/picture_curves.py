@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from intervals import LEVEL
 from numpy.typing import NDArray
 from picture_runs import Measured
 
@@ -96,9 +95,3 @@ def wanted(points: Mapping[str, Measured], tuning: Mapping[str, Measured], budge
     if max(computes) < budget and measured[-1] + 1 < len(there):
         return there[measured[-1] + 1]
     return ""
-
-
-def interval(values: NDArray[np.float64]) -> tuple[float, float]:
-    """The percentile interval of resampled values."""
-    low, high = np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return float(low), float(high)
