@@ -64,7 +64,7 @@ def divide(weights: Sequence[float], total: int, most: int) -> list[int]:
 
     Webster's rule: a common divisor, and rounding.  Unlike largest remainders it takes nothing
     away from one and gives it to another when a further weight comes in, so no part ever grows.
-    Ties go to the earlier.
+    Ties go to the earlier; weights below 1e-30 count alike.
     """
     total = min(total, most * len(weights))
     weights = [max(weight, 1e-30) for weight in weights]
