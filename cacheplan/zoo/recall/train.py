@@ -6,6 +6,9 @@
 The curriculum starts with copied segments, from which induction heads grow, then one relation
 per name, then all relations, then long documents.  A drill ends as soon as it is mastered.  The
 whole reads 14 million words, about half an hour on two CPU cores.
+
+An interrupted training goes on from `OUT/training.pt` when the same command is given again, and
+ends in the same weights; the file is gone at the end.
 """
 
 from __future__ import annotations
@@ -14,13 +17,15 @@ import argparse
 import random
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from cacheplan.errors import CacheplanError
+from cacheplan.zoo.recall.checkpoint import Checkpoint
 from cacheplan.zoo.recall.grammar import (
     BOS,
     PAD,
@@ -137,10 +142,26 @@ def batch(rng: random.Random, stage: Stage, language: Words) -> tuple[Tensor, Te
     return tokens, torch.tensor([flags for _, flags in drawn])
 
 
+@dataclass
+class Progress:
+    """Where a training is: `read` tokens of a stage, `right` the share of answers of late."""
+
+    stage: int = 0
+    read: int = 0
+    right: float = 0.0
+    seen: int = 0  # tokens of all stages
+    cooled: int = 0  # and of the last ones
+    step: int = 0
+
+
 def train(
-    seed: int, shape: Shape, language: Words, curriculum: Sequence[Stage] = CURRICULUM
+    seed: int,
+    shape: Shape,
+    language: Words,
+    curriculum: Sequence[Stage] = CURRICULUM,
+    checkpoint: Checkpoint | None = None,
 ) -> Any:
-    """Run the curriculum; returns the trained model in float32."""
+    """Run the curriculum, or what is left of it; returns the trained model in float32."""
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(seed)
@@ -150,37 +171,60 @@ def train(
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=PEAK_RATE, betas=(0.9, 0.98), weight_decay=0.05
     )
-    seen, started, step = 0, time.time(), 0
-    cooldown, cooled = sum(stage.tokens for stage in curriculum[-COOLDOWN:]), 0.0
-    for number, stage in enumerate(curriculum):
-        read, right = 0, 0.0
-        while read < stage.tokens and right < stage.mastered:
-            rate = PEAK_RATE * min(1.0, seen / WARMUP_TOKENS) * (1 - cooled / cooldown)
-            for group in optimizer.param_groups:
-                group["lr"] = rate + FINAL_RATE
-            ids, answers = batch(rng, stage, language)
-            logits = forward(input_ids=ids, use_cache=False).logits[:, :-1]
-            target, asked = ids[:, 1:], answers[:, 1:]
-            loss = torch.nn.functional.cross_entropy(
-                logits.flatten(0, 1), target.flatten(), reduction="none"
-            ).view_as(target)
-            weight = OTHER_WEIGHT + ANSWER_WEIGHT * asked
-            optimizer.zero_grad()
-            torch.autograd.backward((loss * weight).sum() / weight.sum())
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            seen, read, step = seen + ids.numel(), read + ids.numel(), step + 1
-            if number >= len(curriculum) - COOLDOWN:
-                cooled += ids.numel()
-            recall = (logits.argmax(-1) == target)[asked].float().mean().item()
-            right += 0.02 * (recall - right)
-            if step % 50 == 0:
-                print(
-                    f"stage {number} step {step} tokens {seen / 1e6:.1f}M "
-                    f"({seen / (time.time() - started):.0f}/s) "
-                    f"loss {loss.mean().item():.3f} answers {right:.3f}",
-                    flush=True,
-                )
+    at = Progress()
+    if checkpoint is not None and (saved := checkpoint.read()) is not None:
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        rng.setstate(saved["random"])
+        torch.set_rng_state(saved["torch_random"])
+        at = Progress(**saved["progress"])
+        print(f"goes on from {checkpoint.path}, step {at.step}", flush=True)
+
+    def state() -> dict[str, Any]:
+        return {
+            "model": model.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "random": rng.getstate(),
+            "torch_random": torch.get_rng_state(),
+            "progress": asdict(at),
+        }
+
+    before, started = at.seen, time.monotonic()
+    cooldown = sum(stage.tokens for stage in curriculum[-COOLDOWN:])
+    while at.stage < len(curriculum):
+        stage = curriculum[at.stage]
+        learning = at.read < stage.tokens and at.right < stage.mastered
+        if not learning:
+            at.stage, at.read, at.right = at.stage + 1, 0, 0.0
+            continue
+        rate = PEAK_RATE * min(1.0, at.seen / WARMUP_TOKENS) * (1 - at.cooled / cooldown)
+        for group in optimizer.param_groups:
+            group["lr"] = rate + FINAL_RATE
+        ids, answers = batch(rng, stage, language)
+        logits = forward(input_ids=ids, use_cache=False).logits[:, :-1]
+        target, asked = ids[:, 1:], answers[:, 1:]
+        loss = torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), target.flatten(), reduction="none"
+        ).view_as(target)
+        weight = OTHER_WEIGHT + ANSWER_WEIGHT * asked
+        optimizer.zero_grad()
+        torch.autograd.backward((loss * weight).sum() / weight.sum())
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        at.seen, at.read, at.step = at.seen + ids.numel(), at.read + ids.numel(), at.step + 1
+        if at.stage >= len(curriculum) - COOLDOWN:
+            at.cooled += ids.numel()
+        recall = (logits.argmax(-1) == target)[asked].float().mean().item()
+        at.right += 0.02 * (recall - at.right)
+        if at.step % 50 == 0:
+            pace = (at.seen - before) / (time.monotonic() - started)
+            print(
+                f"stage {at.stage} step {at.step} tokens {at.seen / 1e6:.1f}M ({pace:.0f}/s) "
+                f"loss {loss.mean().item():.3f} answers {at.right:.3f}",
+                flush=True,
+            )
+        if checkpoint is not None:
+            checkpoint.write(state)
     return model
 
 
@@ -195,9 +239,16 @@ def main() -> None:
     made_up = arguments.invented_words
     language = WORDS if made_up is None else invented_words(made_up)
     curriculum = shortened(CURRICULUM, arguments.last)
-    model = train(arguments.seed, SHAPES[arguments.shape], language, curriculum)
+    shape = SHAPES[arguments.shape]
+    identity = repr((arguments.seed, shape, language, curriculum))
+    checkpoint = Checkpoint(arguments.out / "training.pt", identity)
+    try:
+        model = train(arguments.seed, shape, language, curriculum, checkpoint)
+    except CacheplanError as error:
+        parser.exit(error.exit_code, f"Error: {error}\n")
     model.save_pretrained(arguments.out)
     tokenizer(language).save_pretrained(arguments.out)
+    checkpoint.remove()
 
 
 if __name__ == "__main__":
