@@ -14,6 +14,7 @@ from torch import Tensor
 from cacheplan.adapters.flops import flop_counter
 from cacheplan.adapters.loop import Loop, watching
 from cacheplan.adapters.sampling import Sampled, run_pipeline
+from cacheplan.perceptual import SMALLEST, Lpips, missing
 from cacheplan.pictures import pixels, psnr, square_error, ssim
 from cacheplan.plans.compute import full_flops, planned_flops
 from cacheplan.profilers.collect import Progress
@@ -28,6 +29,7 @@ class PictureVerification:
 
     FLOPs are the denoiser's over one run for one prompt, counted by torch on the first prompt.
     Seconds are those of a whole run, mean over prompts; bytes are of kept features.
+    `without_lpips` says why pictures were compared by all but LPIPS, if they were.
     """
 
     damage: FeatureDamage
@@ -39,6 +41,7 @@ class PictureVerification:
     planned_bytes: int
     measured_bytes: int
     error_per_prompt: tuple[float, ...]
+    without_lpips: str | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,6 +57,7 @@ class _Tally:
     errors: list[float] = field(default_factory=list)
     squares: list[float] = field(default_factory=list)
     similarities: list[float] = field(default_factory=list)
+    distances: list[float | None] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     flops: int = 0
     planned_bytes: int = 0
@@ -71,8 +75,10 @@ def measure_plans(
     """Run every prompt in full and under each plan, from the same seed.
 
     FLOPs are counted in the first prompt's runs, whose times therefore tell nothing: they are not
-    used, and a prompt that is alone is run again.
+    used, and a prompt that is alone is run again.  LPIPS is measured where nothing is missing.
     """
+    absent = missing()
+    lpips = None if absent else Lpips()
     alone = len(prompts) == 1
     tallies, full, rows = [_Tally() for _ in plans], _Tally(), []
     for number, prompt in enumerate(prompts):
@@ -94,13 +100,14 @@ def measure_plans(
                     found = _timed(pipe, arguments, prompt.seed, tally.seconds)
                 tally.planned_bytes = report.planned_bytes
                 tally.measured_bytes = report.peak_bytes + report.gate_bytes
-            _compare(tally, reference, found)
+            _compare(tally, reference, found, lpips)
             pictures += list(found.pictures or [])[:1]
         rows.append(Row(prompt, tuple(pictures)))
     if progress:
         progress(len(prompts), len(prompts), "done")
     results = [
-        _result(plan, tally, full, prompts) for plan, tally in zip(plans, tallies, strict=True)
+        _result(plan, tally, full, prompts, absent)
+        for plan, tally in zip(plans, tallies, strict=True)
     ]
     return results, rows
 
@@ -134,12 +141,13 @@ def _counting(pipe: Any) -> Iterator[list[int]]:
         yield counted
 
 
-def _compare(tally: _Tally, full: Sampled, found: Sampled) -> None:
+def _compare(tally: _Tally, full: Sampled, found: Sampled, lpips: Lpips | None) -> None:
     tally.errors.append(_relative(found.latent, full.latent))
     for a, b in zip(full.pictures or [], found.pictures or [], strict=True):
         one, other = pixels(a), pixels(b)
         tally.squares.append(square_error(one, other))
         tally.similarities.append(ssim(one, other))
+        tally.distances.append(lpips(one, other) if lpips else None)
 
 
 def _relative(found: Tensor, full: Tensor) -> float:
@@ -148,14 +156,22 @@ def _relative(found: Tensor, full: Tensor) -> float:
 
 
 def _result(
-    plan: FeaturePlan, tally: _Tally, full: _Tally, prompts: Sequence[PicturePrompt]
+    plan: FeaturePlan,
+    tally: _Tally,
+    full: _Tally,
+    prompts: Sequence[PicturePrompt],
+    absent: str | None,
 ) -> PictureVerification:
     shown = bool(tally.squares)
+    distances = [distance for distance in tally.distances if distance is not None]
+    lpips = _mean(distances) if shown and len(distances) == len(tally.distances) else None
+    small = f"LPIPS is not measured, it needs pictures of {SMALLEST} x {SMALLEST} pixels or more."
     return PictureVerification(
         damage=FeatureDamage(
             error=_mean(tally.errors),
             psnr=psnr(_mean(tally.squares)) if shown else None,
             ssim=_mean(tally.similarities) if shown else None,
+            lpips=lpips,
             prompts=len(prompts),
             digest=digest(prompts),
         ),
@@ -167,6 +183,7 @@ def _result(
         planned_bytes=tally.planned_bytes,
         measured_bytes=tally.measured_bytes,
         error_per_prompt=tuple(tally.errors),
+        without_lpips=absent or small if shown and lpips is None else None,
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
@@ -72,6 +72,29 @@ def tiny_decoders() -> Any:
 def tiny_vision() -> Any:
     """The module `tests/runtime/tiny_vision.py`."""
     return _module("runtime/tiny_vision.py")
+
+
+@pytest.fixture
+def lpips_stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Install packages that stand in for LPIPS; the file of weights that they look for."""
+    module = _module("lpips_stand_in.py")
+    packages = tmp_path / "packages"
+    packages.mkdir()
+    module.install(packages)
+    file: Path = tmp_path / "torch" / "hub" / "checkpoints" / module.WEIGHTS
+    file.parent.mkdir(parents=True)
+    file.write_bytes(b"weights")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    monkeypatch.syspath_prepend(packages)
+    for name in _loaded("lpips", "torchvision"):
+        monkeypatch.delitem(sys.modules, name)
+    yield file
+    for name in _loaded("lpips", "torchvision"):
+        del sys.modules[name]
+
+
+def _loaded(*packages: str) -> list[str]:
+    return [name for name in sys.modules if name.split(".")[0] in packages]
 
 
 TinyPipeline = Callable[[str], tuple[Any, dict[str, Any]]]

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from cacheplan import api
-from cacheplan.cli.comparison import Arm, curves, facts, tables
+from cacheplan.cli.comparison import Arm, curves, facts, footnotes, tables
 from cacheplan.cli.curves import check_curves, plot_curves
 from cacheplan.cli.facts import model_words
 from cacheplan.cli.numbers import number, percent
@@ -146,7 +146,7 @@ def compare(
         pictures = {} if isinstance(first, KVPlan) else {"picture": str(out) if written else None}
         emit({**pictures, "plans": {arm.label: facts(arm) for arm in arms}})
     else:
-        draw(*tables(arms))
+        draw(*tables(arms), *footnotes(arms))
     suggest(_following(files or []))
 
 

@@ -7,9 +7,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
+from rich.text import Text
 
 from cacheplan.cli.facts import damage_facts
-from cacheplan.cli.feature_tables import decibels, picture_comparison, picture_facts
+from cacheplan.cli.feature_tables import (
+    decibels,
+    picture_comparison,
+    picture_facts,
+    remarks,
+)
 from cacheplan.cli.numbers import ABSENT, number, percent
 from cacheplan.cli.tables import comparison_table, table_of
 from cacheplan.intervals import mean_interval
@@ -31,7 +37,9 @@ class Arm:
 
     @property
     def label(self) -> str:
-        return self.name if self.budget is None else f"{self.name} at {self.budget:g}"
+        label = self.name if self.budget is None else f"{self.name} at {self.budget:g}"
+        few = isinstance(self.plan, FeaturePlan) and self.plan.linears
+        return f"{label} (simulated bits)" if few else label
 
     @property
     def damage(self) -> float:
@@ -65,6 +73,11 @@ def tables(arms: Sequence[Arm]) -> list[Table]:
         rows = [comparison_table({label: _text(arm) for label, arm in found.items()})]
     budgets = list(dict.fromkeys(arm.budget for arm in arms if arm.budget is not None))
     return rows if len(budgets) < 2 else [*rows, _grid(arms, budgets)]
+
+
+def footnotes(arms: Sequence[Arm]) -> list[Text]:
+    """What the tables do not tell, and why."""
+    return remarks([_picture(arm) for arm in arms]) if arms[0].pictured else []
 
 
 def _grid(arms: Sequence[Arm], budgets: Sequence[float]) -> Table:

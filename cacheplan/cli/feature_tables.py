@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich.table import Table
+from rich.text import Text
 
 from cacheplan.cli.kv_facts import statistic
 from cacheplan.cli.numbers import ABSENT, count, interval, number, percent, size
@@ -32,6 +33,8 @@ def picture_table(plan: FeaturePlan, found: PictureVerification) -> Table:
     )
     table.add_row("PSNR", ABSENT, decibels(damage.psnr), ABSENT)
     table.add_row("SSIM", ABSENT, _ssim(damage.ssim), "1")
+    if damage.lpips is not None:
+        table.add_row("LPIPS", ABSENT, number(damage.lpips), "0")
     table.add_row("FLOPs", *(count(value).rstrip() for value in flops))
     table.add_row("of full", *(percent(value / found.full_flops) for value in flops))
     table.add_row("features", *map(size, held), "0 B")
@@ -41,11 +44,11 @@ def picture_table(plan: FeaturePlan, found: PictureVerification) -> Table:
 
 def picture_comparison(names: Sequence[str], found: Sequence[PictureVerification]) -> Table:
     """One row per plan, and first the full run they are compared with."""
-    columns = ("compute", "error", "95 % interval", "PSNR", "SSIM", "seconds", "speedup")
-    table = table_of("", *columns)
-    first = found[0]
-    seconds = f"{first.full_seconds:.2f}"
-    table.add_row("full run", percent(1.0), "0", ABSENT, ABSENT, "1", seconds, "1x")
+    learned = any(result.damage.lpips is not None for result in found)
+    measures = ["compute", "error", "95 % interval", "PSNR", "SSIM", *["LPIPS"] * learned]
+    table = table_of("", *measures, "seconds", "speedup")
+    same = [percent(1.0), "0", ABSENT, ABSENT, "1", *["0"] * learned]
+    table.add_row("full run", *same, f"{found[0].full_seconds:.2f}", "1x")
     for name, result in zip(names, found, strict=True):
         damage = result.damage
         table.add_row(
@@ -55,10 +58,17 @@ def picture_comparison(names: Sequence[str], found: Sequence[PictureVerification
             interval(result.error_per_prompt),
             decibels(damage.psnr),
             _ssim(damage.ssim),
+            *[number(damage.lpips)] * learned,
             f"{result.seconds:.2f}",
             f"{result.full_seconds / result.seconds:.2f}x",
         )
     return table
+
+
+def remarks(found: Sequence[PictureVerification]) -> list[Text]:
+    """Faint lines to stand under a table: why there is no LPIPS in it."""
+    reasons = dict.fromkeys(result.without_lpips for result in found)
+    return [Text(reason, style="dim") for reason in reasons if reason]
 
 
 def picture_facts(found: PictureVerification) -> dict[str, Any]:

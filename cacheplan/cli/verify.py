@@ -10,7 +10,7 @@ import typer
 
 from cacheplan import api
 from cacheplan.cli.facts import damage_facts
-from cacheplan.cli.feature_tables import picture_facts, picture_table
+from cacheplan.cli.feature_tables import picture_facts, picture_table, remarks
 from cacheplan.cli.options import (
     PLAN,
     Call,
@@ -31,7 +31,8 @@ from cacheplan.cli.progress import progress
 from cacheplan.cli.tables import verification_table
 from cacheplan.errors import InputError
 from cacheplan.picture_inputs import read_settings
-from cacheplan.types import KVPlan
+from cacheplan.plans.words import simulation_words
+from cacheplan.types import FeaturePlan, KVPlan
 
 
 def verify(
@@ -79,7 +80,7 @@ def verify(
         with progress(str(path)) as report:
             found = api.verify(plan, split=split, progress=report, **common)
         damage: Any = found.damage
-        table = verification_table(plan, found)
+        shown: list[Any] = [verification_table(plan, found)]
         facts = {
             "planned_bytes": found.planned_bytes,
             "measured_bytes": found.measured_bytes,
@@ -90,7 +91,7 @@ def verify(
         with progress(str(path)) as report:
             seen = api.verify(plan, split=split, settings=settings, progress=report, **common)
         damage = seen.damage
-        table = picture_table(plan, seen)
+        shown = [picture_table(plan, seen), *remarks([seen])]
         facts = picture_facts(seen)
     if write:
         api.save_plan(dataclasses.replace(plan, measured=damage), path)
@@ -99,5 +100,7 @@ def verify(
         predicted, measured = damage_facts(plan.predicted), damage_facts(damage)
         emit({"file": str(path), "predicted": predicted, "measured": measured, **facts})
     else:
-        draw(table)
+        draw(*shown)
+        if isinstance(plan, FeaturePlan) and (words := simulation_words(plan)):
+            say(f"few bits {words}")
     suggest(f"cacheplan show {path}")
