@@ -25,7 +25,7 @@ class PlanError(CacheplanError):
 
 
 class ProfileError(CacheplanError):
-    """A profile file is malformed, incomplete, holds NaN, or lacks the statistic asked for."""
+    """A profile file is malformed, incomplete, holds NaN, or lacks what was asked for."""
 
     exit_code = 3
 

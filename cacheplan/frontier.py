@@ -71,7 +71,7 @@ def solve_all(
     refusals: tuple[type[CacheplanError], ...] = (InfeasibleError,)
     if list(recipes) == ["all"]:
         recipes = list(RECIPES if isinstance(profile, KVProfile) else FEATURE_RECIPES)
-        refusals = (InfeasibleError, UnsupportedError, ProfileError, InputError)
+        refusals = (InfeasibleError, UnsupportedError, ProfileError)
     plans: dict[tuple[str, float], Plan] = {}
     missing = []
     pairs = [(recipe, budget) for recipe in dict.fromkeys(recipes) for budget in budgets]

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from cacheplan.errors import InputError, ProfileError
+from cacheplan.errors import ProfileError
 from cacheplan.types import KVAction, KVProfile
 
 Floats = NDArray[np.float64]
@@ -83,9 +83,9 @@ def measured(profile: KVProfile, action: KVAction) -> bool:
 
 
 def candidate_index(profile: KVProfile, action: KVAction) -> int:
-    """Where the profile measured `action`, whatever its `keep`; InputError if it did not."""
+    """Where the profile measured `action`, whatever its `keep`; ProfileError if it did not."""
     if not measured(profile, action):
-        raise InputError(
+        raise ProfileError(
             f'The profile did not measure the scorer "{action.scorer.name}" as this recipe uses '
             "it: run `cacheplan profile` again with --recipe and the recipe's name."
         )

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from cacheplan import api
 from cacheplan.cli import app
+from cacheplan.errors import ProfileError
 from cacheplan.plans.check import kv_only
 from cacheplan.recipes import RECIPES
 
@@ -60,6 +61,9 @@ def test_all_are_those_that_the_profile_knows(profile: Path) -> None:
     left_out = {sentence.split()[0] for sentence in found["left_out"]}
     assert {"kvzip", "kvmerger"} <= left_out, "they need passes of their own"
     assert solved | left_out == set(RECIPES)
+    alone = run(app, ["solve", str(profile), "--budget", "0.3", "--recipe", "kvzip"])
+    assert alone.exit_code == ProfileError.exit_code
+    assert "run `cacheplan profile` again with --recipe" in alone.stderr
 
 
 @pytest.mark.parametrize(

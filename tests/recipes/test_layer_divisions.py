@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from cacheplan.errors import InputError, ProfileError
+from cacheplan.errors import ProfileError
 from cacheplan.formulate import formulate, predict, reached, realize
 from cacheplan.formulate_heads import ranking_heads
 from cacheplan.formulate_layers import Division, division, pyramid, split
@@ -303,5 +303,5 @@ def test_missing_statistics_are_named(recipe: str, name: str, hint: str) -> None
 
 def test_a_profile_that_does_not_know_the_recipe_is_refused() -> None:
     profile = make_profile(2, 1000)
-    with pytest.raises(InputError, match="did not measure"):
+    with pytest.raises(ProfileError, match="did not measure"):
         tokens(replace(profile, candidates=profile.candidates[:1]), "flashcache", 100)
