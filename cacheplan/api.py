@@ -89,6 +89,7 @@ def profile(
     prompts: Path | None = None,
     limit: int | None = None,
     ablate: int | None = None,
+    gradients: int | None = None,
     seed: int = 0,
     shard: tuple[int, int] = (0, 1),
     device: str | None = None,
@@ -116,8 +117,9 @@ def profile(
     named `recipes` need is measured (["all"]: everything; None: all but what needs passes of its
     own), in few bits only with `bits`.  For diffusion models, `settings` are those of the
     pipeline's call (`{"num_inference_steps": 30}`), features are compared up to `lags` steps back
-    (16) at up to `tokens` tokens (512).  A language model too large for one device is divided over
-    several by `placement`.
+    (16) at up to `tokens` tokens (512), and on the first `gradients` prompts (0) gradients tell how
+    much each part of each block matters at each step.  A language model too large for one device
+    is divided over several by `placement`.
     """
     common: dict[str, Any] = {
         "out": out,
@@ -137,14 +139,19 @@ def profile(
             "its own: leave out torchrun, or start one process per --shard."
         )
     if family_of(model, family) == LanguageSpec.family:
-        _only("diffusion", settings=settings or None, lags=lags, tokens=tokens)
+        _only("diffusion", settings=settings or None, lags=lags, tokens=tokens, gradients=gradients)
         return language.profile_language(
             model, split=split, placement=placement, bits=bits, recipes=recipes, **common
         )
     few = None if bits else False
     _only("language", split=split, device_map=placement, bits=few, recipe=recipes)
     return diffusion.profile_features(
-        model, settings=settings or {}, lags=lags, tokens=tokens, **common
+        model,
+        settings=settings or {},
+        lags=lags,
+        tokens=tokens,
+        gradients=gradients,
+        **common,
     )
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
+from rich.color import Color
 from rich.console import Console, ConsoleOptions, RenderResult
+from rich.style import Style
 from rich.text import Text
 
-from cacheplan.cli.heatmap import cell
+from cacheplan.cli.heatmap import cell, colour
 from cacheplan.cli.kv_facts import statistic
 from cacheplan.cli.numbers import number
 from cacheplan.plans.rules import RANGES
@@ -35,6 +37,7 @@ class FeatureMap:
     """`cells` holds a line per block with a character per step; alike blocks share a line."""
 
     cells: tuple[str, ...]
+    styles: Mapping[str, str | Style] = field(default_factory=lambda: _COLOURS)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         steps = len(self.cells[0])
@@ -49,7 +52,7 @@ class FeatureMap:
             for name, line in rows(self.cells):
                 text = Text(no_wrap=True).append(f"{name:>5} ", style="dim")
                 for step in shown:
-                    text.append(line[step] * wide, style=_COLOURS.get(line[step], ""))
+                    text.append(line[step] * wide, style=self.styles.get(line[step], ""))
                 yield text
 
 
@@ -111,3 +114,32 @@ def sensitivity_lines(profile: FeatureProfile) -> list[Text]:
             line.append_text(cell(float(error / most) if most else 0.0, " "))
         lines.append(line)
     return lines
+
+
+def change_maps(profile: FeatureProfile) -> Iterator[tuple[str, FeatureMap]]:
+    """What is held, in words, and how far that moves the output: digits, 9 for the most.
+
+    Root mean squares, for whole blocks and for each kind of part; nothing in profiles that did not
+    follow gradients.
+    """
+    if "held_change" not in profile.statistics:
+        return
+    change = np.sqrt(np.maximum(statistic(profile, "held_change"), 0))  # [sites, T]
+    kinds: dict[str, list[int]] = {}
+    for index, site in enumerate(profile.sites):
+        if site.last == site.first + 1 and site.part not in _WHOLE:
+            kinds.setdefault(site.part, []).append(index)
+    most = max(float(change[indices].max()) for indices in kinds.values())
+    shades = {str(digit): _shade(digit / 9) for digit in range(10)}
+    for part in sorted(kinds, key=lambda part: (part != "delta", part)):
+        lines = [[" "] * profile.model.steps for _ in profile.model.blocks]
+        for index in kinds[part]:
+            digits = np.rint(9 * change[index] / most).astype(int) if most else [0] * len(change[0])
+            lines[profile.sites[index].first] = [str(digit) for digit in digits]
+        words = "a block" if part == "delta" else f"{part.replace('_', ' ')} of a block"
+        yield f"{words} ({number(most)} is 9)", FeatureMap(tuple(map("".join, lines)), shades)
+
+
+def _shade(share: float) -> Style:
+    ink = "white" if share < 0.5 else "black"
+    return Style(color=ink, bgcolor=Color.from_rgb(*colour(share)))

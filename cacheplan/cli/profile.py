@@ -75,6 +75,14 @@ def profile(
             help="Prompts on which each head is cut alone (8), or each step is skipped alone (4).",
         ),
     ] = None,
+    gradients: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Pictures on which gradients tell how much each part of each block matters at "
+            "each step (0); `cacheplan show` draws it.  Takes the memory of training.",
+        ),
+    ] = None,
     lags: Annotated[
         int | None,
         typer.Option(metavar="N", help="How many steps back features are compared (16)."),
@@ -141,6 +149,7 @@ def profile(
                 settings=settings,
                 limit=limit,
                 ablate=ablate,
+                gradients=gradients,
                 lags=lags,
                 tokens=tokens,
                 seed=seed,

@@ -11,7 +11,7 @@ from cacheplan import api
 from cacheplan.cli.bit_words import bit_map, sum_lines
 from cacheplan.cli.device import show_device
 from cacheplan.cli.facts import model_words, plan_words, profile_facts, profile_words
-from cacheplan.cli.feature_map import feature_map, sensitivity_lines
+from cacheplan.cli.feature_map import change_maps, feature_map, sensitivity_lines
 from cacheplan.cli.feature_map import legend as feature_legend
 from cacheplan.cli.feature_tables import lag_table
 from cacheplan.cli.heatmap import legend, plan_heatmap, sensitivity_heatmap
@@ -142,3 +142,6 @@ def _show_feature_profile(path: Path, profile: FeatureProfile) -> None:
     draw(lag_table(profile))
     print()
     draw(*sensitivity_lines(profile))
+    for words, found in change_maps(profile):
+        print(f"\nhow far the model's output moves at a step that holds {words}:")
+        draw(found)
