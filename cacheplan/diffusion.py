@@ -31,6 +31,7 @@ def profile_features(
     settings: Mapping[str, Any],
     limit: int | None,
     ablate: int | None,
+    gradients: int | None,
     lags: int | None,
     tokens: int | None,
     seed: int,
@@ -65,10 +66,13 @@ def profile_features(
         tokens=_at_least("--tokens", TOKENS if tokens is None else tokens, "token"),
         probes=(whole_site(spec),),
         ablate=min(ablated, len(texts)),
+        gradients=min(_at_least("--gradients", gradients or 0, "prompt", least=0), len(texts)),
         prompts=len(texts),
         prompts_digest=digest(texts),
         seed=seed,
         versions=installed_versions("diffusers"),
+        linears=seen.linears,
+        readers=seen.readers,
     )
     found = measure(
         kept,
@@ -93,9 +97,10 @@ def _lags(asked: int | None, steps: int) -> int:
     return min(steps - 1, LAGS) if asked is None else _at_least("--lags", asked, "step")
 
 
-def _at_least(option: str, value: int, unit: str) -> int:
-    if value < 1:
-        raise InputError(f"{option} is {value}, expected at least 1 {unit}.")
+def _at_least(option: str, value: int, unit: str, least: int = 1) -> int:
+    if value < least:
+        units = unit if least == 1 else f"{unit}s"
+        raise InputError(f"{option} is {value}, expected at least {least} {units}.")
     return value
 
 
@@ -110,6 +115,9 @@ def solve_features(
     row = find_feature_recipe(recipe)
     asked = parse_compute_budget(budget)
     found = plan_features(profile, row, asked.kept)
+    predicted = FeatureDamage(
+        error=found.predicted_error, prompts=profile.prompts, digest=profile.prompts_digest
+    )
     plan = FeaturePlan(
         model=profile.model,
         recipe=row.name,
@@ -117,10 +125,10 @@ def solve_features(
         entries=found.entries,
         gate=found.gate,
         dt_scale=found.dt_scale,
+        text_once=found.text_once,
+        linears=found.linears,
         certificate=found.certificate,
-        predicted=FeatureDamage(
-            error=found.predicted_error, prompts=profile.prompts, digest=profile.prompts_digest
-        ),
+        predicted=None if found.linears else predicted,  # the profile says nothing of few bits
         measured=None,
         provenance=Provenance(
             profile=profile.digest,

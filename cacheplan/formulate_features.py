@@ -13,7 +13,8 @@ from cacheplan.errors import InfeasibleError
 from cacheplan.plans.compute import full_flops, saved_flops
 from cacheplan.schedules.groups import Group, groups, head, model, probing, whole
 from cacheplan.schedules.keys import forced_steps, problem, published
-from cacheplan.schedules.planned import Serving, options, outlook, plan_steps, serve
+from cacheplan.schedules.linears import linear_entries
+from cacheplan.schedules.planned import Serving, options, outlook, plan_steps, rates_of, serve
 from cacheplan.schedules.realize import entries, keys_before, serving_entries
 from cacheplan.schedules.tables import Gram, between, sensitivity, statistic
 from cacheplan.schedules.thresholds import fit_gate, fit_rescale
@@ -25,6 +26,7 @@ from cacheplan.types import (
     FeatureRecipe,
     FeatureSite,
     Gate,
+    LinearEntry,
     Schedule,
 )
 
@@ -41,14 +43,17 @@ class Planned:
     gate: Gate | None
     dt_scale: tuple[float, ...]
     certificate: Certificate
-    predicted_error: float
+    predicted_error: float  # of full bits
     reached: float
+    text_once: bool = False
+    linears: tuple[LinearEntry, ...] = ()
 
 
 def plan_features(profile: FeatureProfile, recipe: FeatureRecipe, kept: float) -> Planned:
     """Choose what is not computed within the share `kept` of the full FLOPs."""
     if recipe.schedule == "planned":
-        serving = plan_steps(profile, forced_steps(profile, recipe), kept)
+        once = text_once(profile, recipe)
+        serving = plan_steps(profile, forced_steps(profile, recipe), kept, text_once=once)
         gap = relative_gap(serving.damage, serving.bound)
         status = verdict(gap, "the Lagrangian bound", _OPTIMAL) + _words(serving)
         proof = Certificate(
@@ -58,7 +63,7 @@ def plan_features(profile: FeatureProfile, recipe: FeatureRecipe, kept: float) -
             gap=gap,
             status=status,
         )
-        return _served(profile, serving, proof)
+        return _served(profile, serving, proof, once)
     found = groups(profile, recipe)
     gate, solution = None, None
     if recipe.schedule == "gate":
@@ -90,8 +95,9 @@ def plan_for(
     """
     unproven = Certificate(solver="given", value=0.0, bound=None, gap=None, status="As given.")
     if recipe.schedule == "planned":
-        serving = serve(profile, computed[0], kept)
-        return None if serving is None else _served(profile, serving, unproven)
+        once = text_once(profile, recipe)
+        serving = serve(profile, computed[0], kept, text_once=once)
+        return None if serving is None else _served(profile, serving, unproven, once)
     found = groups(profile, recipe)
     try:
         planned = _followed(profile, recipe, found, computed, unproven)
@@ -108,15 +114,24 @@ def searched(
     Its costs say which changes are promising.
     """
     if recipe.schedule == "planned":
-        T = profile.model.steps
-        schedule = outlook(profile, forced_steps(profile, recipe))
-        every = frozenset(option.site for option in options(profile))
-        return replace(schedule, rate=np.full(1, 1 / T), budget=kept), (every,)
+        schedule, menu = outlook(profile, forced_steps(profile, recipe)), options(profile)
+        rates = rates_of(profile.model, menu, text_once=text_once(profile, recipe))
+        every = frozenset(option.site for option in menu)
+        rate, base = np.full(1, rates.step / rates.total), np.full(1, rates.computed(0))
+        return replace(schedule, rate=rate, base=base, budget=kept), (every,)
     found = groups(profile, recipe)
     return problem(profile, recipe, found, kept), tuple(frozenset(g.sites) for g in found)
 
 
-def _served(profile: FeatureProfile, serving: Serving, certificate: Certificate) -> Planned:
+def text_once(profile: FeatureProfile, recipe: FeatureRecipe) -> bool:
+    """Whether keys and values of the text are computed once: they were the same in every run."""
+    found = profile.statistics.get("text_constant")  # absent in profiles of older releases
+    return recipe.text_once and found is not None and float(found.mean) == 1.0
+
+
+def _served(
+    profile: FeatureProfile, serving: Serving, certificate: Certificate, once: bool
+) -> Planned:
     return Planned(
         entries=serving_entries(profile, serving),
         gate=None,
@@ -124,6 +139,7 @@ def _served(profile: FeatureProfile, serving: Serving, certificate: Certificate)
         certificate=certificate,
         predicted_error=serving.damage,
         reached=serving.rate,
+        text_once=once,
     )
 
 
@@ -149,6 +165,7 @@ def _followed(
         gate=None,
         dt_scale=_shortened(profile, mask[0]) if recipe.scale_steps else (),
         certificate=certificate,
+        linears=linear_entries(profile, recipe),
         predicted_error=predict(profile, recipe, found, mask),
         reached=1 - saved + probed,
     )

@@ -5,6 +5,9 @@ meet those of another; only a run shows what that does to the final latent.  So 
 moved one at a time, everything else is fitted anew by the planner's own code, and a schedule that
 measures better than the best so far takes its place.  Then the weights of its forecasts are fitted
 to the final latents themselves.
+
+Prompts are few and changes are many, so what helps one half of the prompts must help the other
+half as well: a plan counts by that half on which it gains less.
 """
 
 from __future__ import annotations
@@ -47,6 +50,7 @@ from cacheplan.types import (
 Mask = NDArray[np.bool_]
 WORTH = 0.01  # a schedule must measure better by this share: prompts are few
 LOST = 1e6  # error of a run that ends in NaN
+_LEAST = 1e-12
 Rows = Sequence[frozenset[FeatureSite]]
 
 
@@ -109,8 +113,10 @@ def refine_plan(
             plan,
             entries=found.entries,
             dt_scale=found.dt_scale,
+            text_once=found.text_once,
             budget=replace(plan.budget, reached=found.reached),
-            predicted=FeatureDamage(
+            predicted=plan.predicted  # None stays: few bits are not predicted
+            and FeatureDamage(
                 error=found.predicted_error, prompts=profile.prompts, digest=profile.prompts_digest
             ),
             measured=None,
@@ -120,9 +126,9 @@ def refine_plan(
     deadline = math.inf if minutes is None else time.monotonic() + 60 * minutes
     runs = _Runs(pipe, call, prompts, candidate, trials, state, deadline)
 
-    def told(count: int, best: float) -> None:
+    def told(count: int, _: float) -> None:
         if progress:
-            progress(count, evaluations, f"error {runs.first:.4g} -> {best:.4g}")
+            progress(count, evaluations, f"error {runs.first:.4g} -> {runs.reached:.4g}")
 
     fixed = float(schedule.base.sum())
     try:
@@ -144,17 +150,17 @@ def refine_plan(
         ending = "stopped before all moves were tried"
     refined = candidate(runs.best)
     assert refined is not None
-    if directions(refined):
+    if directions(refined) and len(prompts) > 1:
         refined, words, in_time = _reweighted(refined, runs, told)
         finished, ending = finished and in_time, f"{ending}; {words}"
     if finished and state is not None:
         state.unlink(missing_ok=True)
     certificate = Certificate(
         solver="local search",
-        value=runs.value,
+        value=runs.reached,
         bound=None,
         gap=None,
-        status=f"Refined from the measured error {runs.first:.4g} to {runs.value:.4g} on "
+        status=f"Refined from the measured error {runs.first:.4g} to {runs.reached:.4g} on "
         f"{len(prompts)} calibration prompts, {len(runs.known)} schedules run; {ending}.",
     )
     refined = replace(refined, certificate=certificate)
@@ -166,11 +172,11 @@ def _reweighted(
     plan: FeaturePlan, runs: _Runs, told: Callable[[int, float], None]
 ) -> tuple[FeaturePlan, str, bool]:
     """The plan with its weights fitted, what to say of it, and whether time sufficed."""
-    before, best, in_time = runs.value, plan, True
+    before, best, in_time = runs.reached, plan, True
 
     def better(found: FeaturePlan, value: float) -> None:
         nonlocal best
-        best, runs.value = found, value
+        best, runs.reached = found, value
         told(len(runs.known), value)
 
     try:
@@ -182,6 +188,11 @@ def _reweighted(
     return best, f"weights fitted {gained}" + ("" if in_time else " until time was up"), in_time
 
 
+def halves(prompts: int) -> tuple[range, ...]:
+    """Every other prompt, and the rest; one prompt is a half by itself."""
+    return tuple(half for half in (range(0, prompts, 2), range(1, prompts, 2)) if half)
+
+
 def computed_steps(plan: FeaturePlan, rows: Rows) -> Mask:
     """`[rows, T]`: the steps at which no entry names a site of the row."""
     left_out: list[set[FeatureSite]] = [set() for _ in range(plan.model.steps)]
@@ -191,7 +202,11 @@ def computed_steps(plan: FeaturePlan, rows: Rows) -> Mask:
 
 
 class _Runs:
-    """The objective: mean relative error of the final latent, remembered for every schedule."""
+    """The objective: what is left of the plan's own error, remembered for every schedule.
+
+    Errors are those of the final latent, relative to its length.  Of the two halves of the prompts
+    that one counts whose mean error has shrunk less.
+    """
 
     def __init__(
         self,
@@ -209,7 +224,9 @@ class _Runs:
         self.calls = [({**call, **prompt.call}, prompt.seed) for prompt in prompts]
         self.order = list(range(len(prompts)))
         self.full: list[Tensor | None] = [None] * len(prompts)
-        self.first = self.value = math.inf
+        self.start: tuple[float, ...] = ()  # errors of the plan's own schedule, in order of prompts
+        self.value = math.inf  # of the objective, for the best schedule
+        self.first = self.reached = math.inf  # mean error of the plan, and of the best
         self.best: Mask = np.zeros((0, 0), np.bool_)
 
     def error(self, computed: Mask) -> float:
@@ -221,12 +238,13 @@ class _Runs:
             self.known[steps] = self._run(plan)
             self._keep(Tried(steps=steps, errors=self.known[steps]))
         errors = self.known[steps]
-        found = sum(errors) / len(self.calls)  # where it was given up, at least as large as this
-        if self.first == math.inf:
-            self.first = found
+        if not self.start:
+            self.start, self.first = errors, sum(errors) / len(errors)
             self.order = np.argsort(-np.array(errors), kind="stable").tolist()  # hardest first
+            errors = tuple(sorted(errors, reverse=True))
+        found = self._share(errors)  # where it was given up, at least as large as this
         if found < self.value * (1 - WORTH) or self.value == math.inf:
-            self.best, self.value = computed, found
+            self.best, self.value, self.reached = computed, found, sum(errors) / len(self.calls)
         return found
 
     def _run(self, plan: FeaturePlan) -> tuple[float, ...]:
@@ -235,9 +253,18 @@ class _Runs:
             full = self.reference(index)
             error = math.sqrt(relative_square(self.latent(plan, index), full))
             errors.append(error if math.isfinite(error) else LOST)
-            if sum(errors) / len(self.calls) >= self.value * (1 - WORTH):
+            if self.start and self._share(errors) >= self.value * (1 - WORTH):
                 break
         return tuple(errors)
+
+    def _share(self, errors: Sequence[float]) -> float:
+        """The objective for errors in the order of runs; what it is at least, where some lack."""
+        found = dict(zip(self.order, errors, strict=False))
+        shares = []
+        for half in halves(len(self.start)):
+            before = sum(self.start[index] for index in half)
+            shares.append(sum(found.get(index, 0.0) for index in half) / max(before, _LEAST))
+        return max(shares)
 
     def reference(self, index: int) -> Tensor:
         """The final latent of a prompt's full run."""

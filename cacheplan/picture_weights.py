@@ -6,12 +6,15 @@ Here the weights of all steps are fitted together, so that the final latent come
 possible to the full run's: Gauss-Newton with Marquardt's damping (1963), the derivatives being
 differences of runs.  To aim at the full run's next latent instead, step by step, makes it worse:
 one step would have to undo the drift of all before it.
+
+How far to go (the damping) and whether to go at all is decided by cross-validation: weights
+fitted to all prompts but one must bring that one nearer, on average.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -23,7 +26,7 @@ from cacheplan.types import FeaturePlan
 Floats = NDArray[np.float64]
 Run = Callable[[FeaturePlan, int], Tensor]  # the final latent of a prompt under a plan
 STEP = 0.02  # of a weight: more than rounding in half precision, little enough to be linear
-DAMPINGS = (1e-3, 1e-2, 1e-1)
+DAMPINGS = (1e-3, 1e-2, 1e-1, 1.0)
 ROUNDS = 2
 _DIGITS = 9
 _LEAST = 1e-12
@@ -70,6 +73,12 @@ class Normal:
     square: Floats  # [P, P]
     right: Floats  # [P]
 
+    @staticmethod
+    def of(parts: Iterable[Normal]) -> Normal:
+        """Those of all problems together."""
+        squares, rights = zip(*((part.square, part.right) for part in parts), strict=True)
+        return Normal(np.sum(squares, axis=0), np.sum(rights, axis=0))
+
     def solved(self, damping: float) -> Floats:
         """The x that a ridge of `damping` times each unknown's own square holds back."""
         own = np.diag(self.square)
@@ -84,21 +93,20 @@ def linearised(
     run: Run,
     full: Sequence[Tensor],
     latents: Sequence[Tensor],
-) -> Normal:
-    """How amounts in all directions move the final latents towards `full`, to first order.
+) -> list[Normal]:
+    """How amounts in all directions move each prompt's final latent to `full`, to first order.
 
     `latents` are the plan's own.  Each prompt's error is relative to the length of its latent.
     """
-    square, right = np.zeros((len(along), len(along))), np.zeros(len(along))
+    normals = []
     for index, (target, latent) in enumerate(zip(full, latents, strict=True)):
         start, size = _numbers(latent), float(np.linalg.norm(_numbers(target)))
         columns = np.empty((len(along), len(start)))
         for row, direction in enumerate(along):
             columns[row] = _numbers(run(moved(plan, [direction], [STEP]), index)) - start
         columns /= STEP * size
-        square += columns @ columns.T
-        right += columns @ ((_numbers(target) - start) / size)
-    return Normal(square, right)
+        normals.append(Normal(columns @ columns.T, columns @ ((_numbers(target) - start) / size)))
+    return normals
 
 
 def fit_weights(
@@ -112,27 +120,45 @@ def fit_weights(
 ) -> tuple[FeaturePlan, float]:
     """The best plan found, and its mean relative error: `plan` itself where none is better.
 
-    `full` are the full run's final latents of the prompts.  A round takes a run per weight and
-    prompt, and one for each of `DAMPINGS`; what it finds must measure better by the share `worth`.
-    `better` hears of every plan that does.  Deterministic if the runs are.
+    `full` are the full run's final latents of at least two prompts.  A round takes a run per weight
+    and prompt, and one for each of `DAMPINGS`; what it finds must measure better by the share
+    `worth`, on all prompts and on each when fitted to the others.  `better` hears of every plan
+    that does.  Deterministic if the runs are.
     """
     along = directions(plan)
     latents = [run(plan, index) for index in range(len(full))]
     value = mean_error(latents, full)
     for _ in range(rounds if along else 0):
-        normal = linearised(plan, along, run, full, latents)
-        found: list[tuple[float, FeaturePlan, list[Tensor]]] = []
-        for damping in DAMPINGS:
-            other = moved(plan, along, normal.solved(damping).tolist())
-            reached = [run(other, index) for index in range(len(full))]
-            found.append((mean_error(reached, full), other, reached))
-        error, other, reached = min(found, key=lambda item: item[0])
+        normals = linearised(plan, along, run, full, latents)
+        crossed = {d: _across(plan, along, normals, run, full, d) for d in DAMPINGS}
+        damping = min(crossed, key=lambda d: crossed[d])
+        if not crossed[damping] < value * (1 - worth):
+            break
+        changed = moved(plan, along, Normal.of(normals).solved(damping).tolist())
+        reached = [run(changed, index) for index in range(len(full))]
+        error = mean_error(reached, full)
         if not error < value * (1 - worth):
             break
-        plan, value, latents = other, error, reached
+        plan, value, latents = changed, error, reached
         if better:
             better(plan, value)
     return plan, value
+
+
+def _across(
+    plan: FeaturePlan,
+    along: Sequence[Direction],
+    normals: list[Normal],
+    run: Run,
+    full: Sequence[Tensor],
+    damping: float,
+) -> float:
+    """The mean error if each prompt has the weights fitted to the others."""
+    reached = []
+    for index in range(len(full)):
+        others = Normal.of(normals[:index] + normals[index + 1 :])
+        reached.append(run(moved(plan, along, others.solved(damping).tolist()), index))
+    return mean_error(reached, full)
 
 
 def mean_error(latents: Sequence[Tensor], full: Sequence[Tensor]) -> float:

@@ -6,6 +6,7 @@ import json
 from itertools import groupby, pairwise
 
 from cacheplan.errors import PlanError
+from cacheplan.plans.compute import text_parts
 from cacheplan.plans.rules import (
     BASES,
     NATURAL,
@@ -25,6 +26,7 @@ from cacheplan.plans.rules_features import (
     check_site,
     finite,
 )
+from cacheplan.plans.rules_linears import check_linears, check_runnable_linears
 from cacheplan.plans.words import site_words
 from cacheplan.types import DiffusionSpec, FeatureDamage, FeatureEntry, FeaturePlan
 
@@ -50,6 +52,9 @@ def check_features(plan: FeaturePlan) -> None:
     need(scales in (0, model.steps), "dt_scale", plan.dt_scale, f"none or {model.steps} numbers")
     for index, scale in enumerate(plan.dt_scale):
         need(0 <= scale <= 4, f"dt_scale[{index}]", scale, "a number from 0 to 4")
+    known = bool(text_parts(model.blocks))
+    need(known or not plan.text_once, "text_once", True, "false where no part has a `text`")
+    check_linears(plan)
     check_certificate(plan.certificate)
     for name, damage in (("predicted", plan.predicted), ("measured", plan.measured)):
         if damage is not None:
@@ -64,6 +69,7 @@ def check_runnable_features(plan: FeaturePlan) -> None:
             refuse(f"{at}.site.part", entry.site.part, f"one of {', '.join(PARTS)}")
         if entry.action.basis not in BASES:
             refuse(f"{at}.action.basis", entry.action.basis, f"one of {', '.join(BASES)}")
+    check_runnable_linears(plan)
     if plan.gate is not None and plan.gate.signal not in SIGNALS:
         refuse("gate.signal", plan.gate.signal, f"one of {', '.join(SIGNALS)}")
 
@@ -133,9 +139,10 @@ def _check_nesting(entries: tuple[FeatureEntry, ...]) -> None:
 
 def _check_damage(damage: FeatureDamage, path: str) -> None:
     need(finite(damage.error) and damage.error >= 0, f"{path}.error", damage.error, POSITIVE)
-    psnr, ssim = damage.psnr, damage.ssim
+    psnr, ssim, lpips = damage.psnr, damage.ssim, damage.lpips
     need(psnr is None or finite(psnr), f"{path}.psnr", psnr, "a finite number")
     need(ssim is None or -1 <= ssim <= 1, f"{path}.ssim", ssim, "a number from -1 to 1")
+    need(lpips is None or (finite(lpips) and lpips >= 0), f"{path}.lpips", lpips, POSITIVE)
     need(damage.prompts >= 0, f"{path}.prompts", damage.prompts, NATURAL)
 
 

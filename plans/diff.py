@@ -8,7 +8,7 @@ from cacheplan.types import FeaturePlan, KVPlan, Plan
 
 KV = ("model", "recipe", "budget", "trigger", "predicted", "measured", "certificate")
 FEATURES = (
-    *("model", "recipe", "budget", "gate", "dt_scale"),
+    *("model", "recipe", "budget", "gate", "dt_scale", "text_once"),
     *("predicted", "measured", "certificate"),
 )
 

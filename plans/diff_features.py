@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 
 from cacheplan.plans.rules import RANGES
-from cacheplan.plans.words import plural, site_words, text
+from cacheplan.plans.words import bit_words, plural, site_words, text
 from cacheplan.types import FeatureAction, FeaturePlan, FeatureSite
 
 COMPUTED = "compute"  # what is done where a plan has no entry
+FULL = "full bits"
 
 
 def site_lines(a: FeaturePlan, b: FeaturePlan) -> list[str]:
@@ -25,7 +26,25 @@ def site_lines(a: FeaturePlan, b: FeaturePlan) -> list[str]:
     for (site, change), found in steps.items():
         who = site_words(site) if site.part in RANGES else site.part
         blocks.setdefault((who, f"at {plural('step', found)}: {change}"), []).append(site)
-    return [f"{_who(who, sites)} {rest}" for (who, rest), sites in blocks.items()]
+    lines = [f"{_who(who, sites)} {rest}" for (who, rest), sites in blocks.items()]
+    return [*lines, *_linear_lines(a, b)]
+
+
+def _linear_lines(a: FeaturePlan, b: FeaturePlan) -> list[str]:
+    """Layers whose bits change alike share a line, and so do those whose numbers change alone."""
+    before, after = ({entry.path: entry for entry in plan.linears} for plan in (a, b))
+    found: dict[str, list[str]] = {}  # paths by change
+    for path in dict.fromkeys((*before, *after)):
+        old, new = before.get(path), after.get(path)
+        if old == new:
+            continue
+        bits = [FULL if entry is None else bit_words(entry.action) for entry in (old, new)]
+        change = "other ranges or corrections" if bits[0] == bits[1] else " -> ".join(bits)
+        found.setdefault(change, []).append(path)
+    return [
+        f"{paths[0] if len(paths) == 1 else f'{len(paths)} linear layers'}: {change}, simulated"
+        for change, paths in found.items()
+    ]
 
 
 def _decisions(plan: FeaturePlan) -> dict[tuple[FeatureSite, int], FeatureAction]:

@@ -7,7 +7,15 @@ from itertools import pairwise
 
 from cacheplan.plans.compute import experts
 from cacheplan.plans.rules import COUNT, NATURAL, POSITIVE, RANGES, need, one_of
-from cacheplan.types import Block, DiffusionSpec, FeatureAction, FeatureSite, Gate, Rescale
+from cacheplan.types import (
+    Block,
+    DiffusionSpec,
+    FeatureAction,
+    FeatureSite,
+    Gate,
+    Rescale,
+    TextProjections,
+)
 
 PLAIN = FeatureAction(do="skip")
 FINITE = "a finite number"
@@ -143,9 +151,20 @@ def _check_block(block: Block, path: str) -> None:
         for name in ("cost", "size"):
             value = getattr(part, name)
             need(value >= 0, f"{at}.{name}", value, NATURAL)
+        if part.text is not None:
+            _check_text(part.text, part.cost, f"{at}.text")
     _check_distinct([part.name for part in block.parts], f"{path}.parts", "name")
     spent = sum(part.cost for part in block.parts)
     need(spent <= block.cost, f"{path}.cost", block.cost, f"at least the parts' sum {spent}")
+
+
+def _check_text(text: TextProjections, most: int, path: str) -> None:
+    need(bool(text.paths), f"{path}.paths", text.paths, "at least one")
+    _check_distinct(list(text.paths), f"{path}.paths", "path")
+    for name in ("cost", "size", "given"):
+        value = getattr(text, name)
+        need(value >= 0, f"{path}.{name}", value, NATURAL)
+    need(text.cost <= most, f"{path}.cost", text.cost, f"at most the part's cost {most}")
 
 
 def _check_distinct(names: list[str], path: str, what: str) -> None:

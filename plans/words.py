@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Iterator
 
 from cacheplan.plans.codec import TAGS
 from cacheplan.plans.rules import RANGES
-from cacheplan.types import FeatureSite
+from cacheplan.types import FeaturePlan, FeatureSite, WeightAction
 
 LONGEST = 12  # items of a list that are all written out
 
@@ -70,3 +71,17 @@ def site_words(site: FeatureSite) -> str:
     many = site.part in RANGES  # others are parts of one block
     blocks = list(range(site.first, site.last if many else site.first + 1))
     return f"{site.part} of {plural('block', blocks)}"
+
+
+def bit_words(action: WeightAction) -> str:
+    """Bits of a linear layer's weights and activations, such as "W4A8"."""
+    return f"W{action.weight.bits}A{action.activation.bits}"
+
+
+def simulation_words(plan: FeaturePlan) -> str:
+    """What people must know of a plan with few bits; empty for others."""
+    if not plan.linears:
+        return ""
+    counts = Counter(bit_words(entry.action) for entry in plan.linears)
+    layers = ", ".join(f"{number} {words}" for words, number in counts.items())
+    return f"simulated in linear layers ({layers}): no time or memory is saved"

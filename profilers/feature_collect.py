@@ -20,11 +20,14 @@ from cacheplan.errors import ProfileError
 from cacheplan.plans.compute import expert_ranges, halves
 from cacheplan.profilers.collect import Progress
 from cacheplan.profilers.feature_ablation import Hold, ablate, whole_site
+from cacheplan.profilers.feature_gradients import gradient_changes
 from cacheplan.profilers.feature_moments import LineErrors, Moments
 from cacheplan.profilers.feature_observer import Look, SiteTaps, Take, model_delta, rows
 from cacheplan.profilers.feature_prompts import PicturePrompt
+from cacheplan.profilers.linear_statistics import LinearStatistics
 from cacheplan.profilers.settings import FeatureSettings
 from cacheplan.profilers.store import ProfileState
+from cacheplan.profilers.text_constancy import TextConstancy
 from cacheplan.types import FeatureSite
 
 Found = dict[str, NDArray[np.float64]]
@@ -92,18 +95,27 @@ def collect_features(
         found, full = _watch(pipe, seen, call, prompt, settings)
         if index < settings.ablate:
             tables: dict[str, list[NDArray[np.float64]]] = {name: [] for name in _ABLATED}
-            model = next(i for i, s in enumerate(settings.sites) if s.part == "model")
-            size = float(found["power"][model] * found["scale"] ** 2)
+            size = _output_size(found, settings)
             for site in settings.probes:
                 errors, changes = _ablate(pipe, seen, call, prompt, site, full, report)
                 held = _held(found["gram"][settings.sites.index(site)])
                 for table, row in zip(tables.values(), (errors, held, changes / size), strict=True):
                     table.append(row)
             found |= {name: np.stack(table) for name, table in tables.items()}
+        if index < settings.gradients:
+            report("following gradients")
+            changes = gradient_changes(pipe, seen, call, prompt, settings.sites)
+            found["held_change"] = changes / _output_size(found, settings)
         state.add(index, found)
         save(state)
     if progress:
         progress(total, total, "done")
+
+
+def _output_size(found: Found, settings: FeatureSettings) -> float:
+    """Mean square of the model's delta over the steps."""
+    model = next(i for i, site in enumerate(settings.sites) if site.part == "model")
+    return float(found["power"][model] * found["scale"] ** 2)
 
 
 def _held(gram: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -155,7 +167,9 @@ def _watch(
             latents.add(loop.step, rows([given], settings.tokens))
         return output
 
-    with _watching(pipe, seen, settings.sites, take, on_call, place, look):
+    texts = TextConstancy(spec, lambda: place[0].index(spec.branches))
+    linears = LinearStatistics(settings, lambda: place[0].step)
+    with _watching(pipe, seen, settings.sites, take, on_call, place, look, texts, linears):
         full = run_pipeline(pipe, {**call, **prompt.call}, seed=prompt.seed).latent
     kept = [moments[whole, branch] for branch in spec.branches]
     power = _power(kept)
@@ -171,6 +185,8 @@ def _watch(
     return {
         **{name: np.stack(table) for name, table in tables.items()},
         **({} if whole.part == "branch" else gates),  # a UNet has no first transformer block
+        **({"text_constant": np.array(float(texts.constant))} if texts.found else {}),
+        **linears.found(),
         "scale": np.array(power**0.5),
         "channel_gram": _mean([m.channel_gram for m in kept]) / power,
         "channel_mean": _mean([m.channel_mean for m in kept]) / power**0.5,
@@ -255,6 +271,8 @@ def _watching(
     on_call: Any,
     place: list[Loop],
     look: Look | None = None,
+    texts: TextConstancy | None = None,
+    linears: LinearStatistics | None = None,
 ) -> Iterator[None]:
     """Taps on all denoisers; `place` gets the loop."""
     with ExitStack() as stack:
@@ -263,6 +281,10 @@ def _watching(
             root = unwrapped(module)
             paths = {locate(pipe, name, path): path for path, _ in root.named_modules()}
             handlers = SiteTaps(seen, sites, take, look).handlers(paths)
+            if texts:
+                handlers |= texts.handlers(paths)
+            if linears:  # beneath other taps of the same layers
+                stack.enter_context(tapped(root, linears.handlers(paths)))
             stack.enter_context(tapped(root, handlers))
         stack.enter_context(torch.no_grad())
         yield

@@ -37,7 +37,9 @@ class FeatureSettings:
     """Two diffusion profiles with equal settings can be merged.
 
     At most `tokens` tokens of a feature are compared, `lags` steps back.  On the first `ablate`
-    prompts each step's feature at `probes` is held alone.
+    prompts each step's feature at `probes` is held alone; on the first `gradients` the effect of
+    holding each site is told from gradients.  `linears` and `readers` are the layers
+    whose ranges and moments are measured (`FeatureProfile`).
     """
 
     family: ClassVar[str] = "diffusion"
@@ -51,6 +53,9 @@ class FeatureSettings:
     prompts_digest: str
     seed: int
     versions: tuple[tuple[str, str], ...]
+    gradients: int = 0
+    linears: tuple[str, ...] = ()
+    readers: tuple[tuple[str, int], ...] = ()
 
 
 Settings = KVSettings | FeatureSettings
@@ -92,5 +97,9 @@ AXES: dict[str, tuple[str, ...]] = {
     "final_error": ("probe", "step"),
     "final_damage": ("probe", "step"),
     "output_damage": ("probe", "step"),
+    "held_change": ("site", "step"),
+    "text_constant": (),
+    "activation_range": ("linear", "step", "end"),
+    "reader_moments": ("reader_channel", "step", "moment"),
 }
-SIGNED = {"gram", "channel_gram", "channel_mean"}
+SIGNED = {"gram", "channel_gram", "channel_mean", "activation_range", "reader_moments"}

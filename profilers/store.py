@@ -188,5 +188,7 @@ def finish(state: ProfileState, where: str) -> Profile:
         sites=settings.sites,
         lags=settings.lags,
         probes=settings.probes,
+        linears=settings.linears,
+        readers=settings.readers,
         **common,
     )

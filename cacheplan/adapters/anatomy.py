@@ -30,6 +30,7 @@ PARTS = {
     "ff_context": "mlp_context",
     "txt_mlp": "mlp_context",
 }
+OF_TEXT = ("to_k", "to_v", "add_k_proj", "add_v_proj")  # of a cross-attention
 
 
 def is_unet(denoiser: nn.Module) -> bool:
@@ -71,6 +72,15 @@ def part_paths(denoiser: nn.Module, block: str) -> dict[str, str]:
     inside = "block." if isinstance(getattr(module, "block", None), nn.Module) else ""
     module = module.block if inside else module
     return {inside + name: PARTS[name] for name, _ in module.named_children() if name in PARTS}
+
+
+def text_projections(denoiser: nn.Module, part: str) -> list[str]:
+    """What a cross-attention at the path `part` may make of the text alone, relative to it.
+
+    Only plain linear layers; whether what they make stays the same shows in runs.
+    """
+    children = denoiser.get_submodule(part).named_children()
+    return [name for name, child in children if name in OF_TEXT and type(child) is nn.Linear]
 
 
 def left_out(unet: nn.Module) -> list[str]:

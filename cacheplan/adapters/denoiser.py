@@ -9,15 +9,17 @@ from typing import Any
 
 import torch
 
+from cacheplan.adapters.anatomy import is_unet
 from cacheplan.adapters.calls import unwrapped
 from cacheplan.adapters.digest import digest
 from cacheplan.adapters.dry_run import Seen, dry_run
+from cacheplan.adapters.linears import linears_below
 from cacheplan.adapters.loop import denoisers as denoisers
 from cacheplan.adapters.offloading import Weights
 from cacheplan.adapters.settings import call_settings, prompts_of, public, scheduler_settings
 from cacheplan.adapters.streams import Streams
 from cacheplan.errors import InputError, UnsupportedError
-from cacheplan.types import Block, DiffusionSpec, Part
+from cacheplan.types import Block, DiffusionSpec, Part, TextProjections
 
 FEWEST_STEPS = 6
 
@@ -29,6 +31,8 @@ class Observation:
     spec: DiffusionSpec
     streams: Mapping[str, Streams]  # by path of the block
     joined: frozenset[str]  # blocks given just what the one before returned: ranges may cross
+    linears: tuple[str, ...]  # layers in the blocks of transformers, then the readers
+    readers: tuple[tuple[str, int], ...]  # layers behind the last block, with output channels
 
 
 def load(name: str | None, *, device: str | None = None, dtype: str | None = None) -> Any:
@@ -104,6 +108,11 @@ def observe(pipe: Any, call: Mapping[str, Any], name: str | None = None) -> Obse
         for path, seen in blocks.items()
         if seen.calls == len(run.branches)
     }
+    readers = tuple(
+        (locate(pipe, denoiser, path), channels)
+        for denoiser, own in run.readers.items()
+        for path, channels in own.items()
+    )
     main = unwrapped(next(iter(denoisers(pipe).values())))
     spec = DiffusionSpec(
         id=name or pipe.config.get("_name_or_path") or type(pipe).__name__,
@@ -125,7 +134,18 @@ def observe(pipe: Any, call: Mapping[str, Any], name: str | None = None) -> Obse
         spec,
         {path: seen.streams for path, seen in found.items() if seen.streams is not None},
         frozenset(path for path, seen in found.items() if seen.joined),
+        (*_linears(pipe, spec), *(path for path, _ in readers)),
+        readers,
     )
+
+
+def _linears(pipe: Any, spec: DiffusionSpec) -> Iterator[str]:
+    """Paths of the linear layers in the blocks of a transformer, as plans write them."""
+    roots = {name: unwrapped(module) for name, module in denoisers(pipe).items()}
+    for block in spec.blocks:
+        name, path = split(pipe, block.path)
+        if not is_unet(roots[name]):
+            yield from (locate(pipe, name, own) for own in linears_below(roots[name], path))
 
 
 def check_worth(spec: DiffusionSpec) -> None:
@@ -163,6 +183,19 @@ def _block(path: str, seen: Seen, prompts: int) -> Block:
         if found.calls == seen.calls and found.kind not in taken:
             taken.add(found.kind)
             cost, size = found.flops // prompts, found.size // prompts
-            parts.append(Part(name=found.kind, path=part, cost=cost, size=size))
+            text = _text(found, prompts) if found.kind == "cross_attention" else None
+            parts.append(Part(name=found.kind, path=part, cost=cost, size=size, text=text))
     cost, size = seen.flops // prompts, seen.size // prompts
     return Block(path=path, cost=cost, size=size, parts=tuple(parts))
+
+
+def _text(part: Seen, prompts: int) -> TextProjections | None:
+    own = {name: found for name, found in part.parts.items() if found.calls == part.calls}
+    if not own:
+        return None
+    return TextProjections(
+        paths=tuple(own),
+        cost=sum(found.flops for found in own.values()) // prompts,
+        size=sum(found.size for found in own.values()) // prompts,
+        given=next(iter(own.values())).given // prompts,
+    )

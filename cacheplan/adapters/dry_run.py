@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from cacheplan.adapters.anatomy import block_paths, is_unet, part_paths
+from cacheplan.adapters.anatomy import block_paths, is_unet, part_paths, text_projections
 from cacheplan.adapters.calls import latent, named, sample, tensors, unwrapped, with_sample
 from cacheplan.adapters.flops import flop_counter, uncompiled
+from cacheplan.adapters.linears import given, linears_outside
 from cacheplan.adapters.loop import Loop, denoisers, watching
 from cacheplan.adapters.streams import Streams, joined, observe
 from cacheplan.adapters.taps import replaced, tapped
@@ -29,12 +30,13 @@ from cacheplan.errors import UnsupportedError
 
 @dataclass
 class Seen:
-    """A block or part, counted over its calls in one step."""
+    """A block, a part or a projection of the text, counted over its calls in one step."""
 
     kind: str = ""  # of a part
     calls: int = 0
     flops: int = 0
     size: int = 0  # numbers in what it returns
+    given: int = 0  # numbers that a projection is given
     streams: Streams | None = None
     joined: bool = True  # given exactly what the block before it returned
     parts: dict[str, Seen] = field(default_factory=dict)
@@ -45,6 +47,7 @@ class DryRun:
 
     def __init__(self) -> None:
         self.blocks: dict[str, dict[str, Seen]] = {}
+        self.readers: dict[str, dict[str, int]] = {}  # path and output channels, see `_reader`
         self.flops: dict[str, int] = {}  # of one step
         self.starts: list[int] = []  # steps at which another denoiser takes over
         self.branches: list[str] = []
@@ -57,6 +60,7 @@ class DryRun:
         self._outputs: dict[tuple[str, str], tuple[torch.Size, Any]] = {}
         self._branches: list[str] = []  # of the present step
         self._before: tuple[Tensor | None, ...] = ()  # what the last block returned
+        self._readers: dict[str, int] = {}  # of the present denoiser
 
     def on_call(self, loop: Loop, inner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._branches.append(loop.branch)
@@ -75,7 +79,7 @@ class DryRun:
             if seen != shape or list(self._computed)[-1] != loop.denoiser:
                 raise self._changing(loop)
             return with_sample(output, sample(output).clone())
-        self._before = ()
+        self._before, self._readers = (), self.readers[loop.denoiser]
         with flop_counter() as self._counter:
             output = inner(*args, **kwargs)
         self.flops[loop.denoiser] += self._counter.get_total_flops()
@@ -102,12 +106,19 @@ class DryRun:
     def handlers(self, name: str, denoiser: nn.Module) -> dict[str, Any]:
         """Counting taps for every block and part of the denoiser called `name`."""
         seen = self.blocks[name] = {}
+        self.readers[name] = {}
         found: dict[str, Any] = {}
         for path in block_paths(denoiser):
             parts = part_paths(denoiser, path)
             found[path] = partial(self._block, seen, path, parts, is_unet(denoiser))
-            for part in parts:
+            for part, kind in parts.items():
                 found[f"{path}.{part}"] = partial(self._part, seen, path, part)
+                if kind == "cross_attention":
+                    for name in text_projections(denoiser, f"{path}.{part}"):
+                        tap = partial(self._projection, seen, path, part, name)
+                        found[f"{path}.{part}.{name}"] = tap
+        for path in linears_outside(denoiser, block_paths(denoiser)):
+            found[path] = partial(self._reader, path)
         return found
 
     def _block(
@@ -123,6 +134,7 @@ class DryRun:
         block = seen.setdefault(path, Seen())  # the first call decides about the order
         for part, kind in parts.items():
             block.parts.setdefault(part, Seen(kind))
+        self._readers.clear()  # so that those behind the last block remain
         output = self._count(block, inner, args, kwargs)
         if unet:  # of the skip connections nothing is kept
             block.size += tensors(output)[0].numel()
@@ -151,6 +163,32 @@ class DryRun:
             part.kind = "fused"
         output = self._count(part, inner, args, kwargs)
         part.size += sum(tensor.numel() for tensor in tensors(output))
+        return output
+
+    def _reader(
+        self, path: str, inner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """A linear layer outside of the blocks: what it is given may be what the last returned."""
+        output, shape = inner(*args, **kwargs), given(args, kwargs).shape
+        for stream in self._before:
+            if stream is not None and (stream.ndim, stream.shape[-1]) == (len(shape), shape[-1]):
+                self._readers[path] = output.shape[-1]
+        return output
+
+    def _projection(
+        self,
+        seen: dict[str, Seen],
+        path: str,
+        part: str,
+        name: str,
+        inner: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        own = seen[path].parts[part].parts.setdefault(name, Seen())
+        output = self._count(own, inner, args, kwargs)
+        own.given += latent(inner, args, kwargs).numel()
+        own.size += output.numel()
         return output
 
     def _count(

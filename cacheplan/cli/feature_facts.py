@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from cacheplan.cli.numbers import count, number, percent, size
 from cacheplan.plans.compute import full_flops, planned_memory
-from cacheplan.plans.words import plural, site_words
+from cacheplan.plans.words import plural, simulation_words, site_words
 from cacheplan.types import (
     DiffusionSpec,
     FeatureDamage,
@@ -56,6 +56,10 @@ def plan_words(plan: FeaturePlan) -> list[str]:
     ]
     if plan.gate is not None:
         lines.append(f"gate       {gate_words(plan.gate)}")
+    if plan.text_once:
+        lines.append("text       its keys and values computed once per run, which changes nothing")
+    if words := simulation_words(plan):
+        lines.append(f"few bits   {words}")
     if plan.dt_scale:
         lines.append(
             f"steps      scaled by {number(min(plan.dt_scale))} to {number(max(plan.dt_scale))}"
@@ -80,6 +84,8 @@ def damage_words(damage: FeatureDamage | None) -> str:
         words.append(f"PSNR {damage.psnr:.1f} dB")
     if damage.ssim is not None:
         words.append(f"SSIM {damage.ssim:.3f}")
+    if damage.lpips is not None:
+        words.append(f"LPIPS {number(damage.lpips)}")
     return ", ".join(words)
 
 
@@ -94,8 +100,12 @@ def cells(recipe: FeatureRecipe) -> str:
         words.append(f"{recipe.correction} correction")
     if recipe.gate is not None:
         words.append(f"gate {recipe.gate.signal}")
+    if recipe.bits is not None:
+        words.append("weights in {} bits, activations in {}, simulated".format(*recipe.bits))
     if recipe.scale_steps:
         words.append("steps scaled")
+    if recipe.text_once:
+        words.append("text once")
     return "; ".join(words)
 
 

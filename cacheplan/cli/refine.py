@@ -54,9 +54,9 @@ def refine(
     `solve` predicts damage from measurements of one head or step at a time; this command measures
     the plan.  For a KV cache it keeps each head whole in turn, weighs heads by their share of the
     damage under the plan, and solves again.  For a diffusion model it moves one computed step at a
-    time and fits all forecasts anew.  The plan never exceeds its budget, and on these prompts it
-    never gets worse; `cacheplan verify` tells what that is worth on others, which with fewer
-    prompts than the default may be less than nothing.
+    time, fits all forecasts anew, and believes only what helps prompts that were left out.  The
+    plan never exceeds its budget, and on these prompts it never gets worse; `cacheplan verify`
+    tells what that is worth on others.
 
     A run that is interrupted or out of time goes on where it stopped when the same command is
     given again: OUT.part holds what was tried.  The profile's own prompts are used and no others.

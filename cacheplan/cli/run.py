@@ -31,6 +31,7 @@ from cacheplan.cli.progress import progress
 from cacheplan.errors import InputError
 from cacheplan.picture_grid import check_picture_file, write_picture
 from cacheplan.picture_inputs import read_object, read_settings
+from cacheplan.plans.words import simulation_words
 from cacheplan.types import FeaturePlan, Plan
 
 PICTURE = Path("out.png")
@@ -140,11 +141,13 @@ def run(
             )
         write_picture(drawn.picture, path)
         if as_json:
-            facts = vars(drawn) | {"picture": str(path)}
+            facts = vars(drawn) | {"picture": str(path), "simulated": bool(followed.linears)}
             emit(facts)
         else:
             print(path)
         say(drawing_words(drawn))
+        if words := simulation_words(followed):
+            say(f"few bits {words}")
     else:
         _refuse(pictures, followed)
         found = api.generate(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from cacheplan.types import FeatureRecipe, Gate
 
+_BITS = "Liu et al. 2025, arXiv 2503.01323 (linear layers of the blocks, and those behind)"
 _ROWS = (
     FeatureRecipe(
         name="planned",
@@ -15,6 +16,7 @@ _ROWS = (
         paper="cacheplan",
         sites="whole",
         schedule="planned",
+        text_once=True,
     ),
     FeatureRecipe(
         name="uniform",
@@ -59,6 +61,28 @@ _ROWS = (
         cost="l1",
         segment=(0.5, 2.0),
         correction="channel",
+    ),
+    FeatureRecipe(
+        name="cachequant_w8a8",
+        summary="cachequant with 8 bits in linear layers, simulated: no time or memory is saved",
+        paper=_BITS,
+        sites="whole",
+        schedule="path",
+        cost="l1",
+        segment=(0.5, 2.0),
+        correction="channel",
+        bits=(8, 8),
+    ),
+    FeatureRecipe(
+        name="cachequant_w4a8",
+        summary="the same with weights in 4 bits, simulated: no time or memory is saved",
+        paper=_BITS,
+        sites="whole",
+        schedule="path",
+        cost="l1",
+        segment=(0.5, 2.0),
+        correction="channel",
+        bits=(4, 8),
     ),
     FeatureRecipe(
         name="bac",

@@ -23,14 +23,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cacheplan.errors import InfeasibleError
-from cacheplan.plans.compute import expert_ranges, saved_flops
+from cacheplan.plans.compute import (
+    expert_ranges,
+    first_steps,
+    full_flops,
+    saved_flops,
+    step_flops,
+)
 from cacheplan.schedules.groups import model, runs, whole
 from cacheplan.schedules.tables import RIDGE, Gram, sensitivity, site_index, statistic
 from cacheplan.solvers.paths import Curves
 from cacheplan.solvers.registry import knapsack_solver
 from cacheplan.solvers.segments import forecast_costs, hold_costs
 from cacheplan.solvers.shortest_path import curve
-from cacheplan.types import FeatureProfile, FeatureSite, Knapsack, Schedule
+from cacheplan.types import DiffusionSpec, FeatureProfile, FeatureSite, Knapsack, Schedule
 
 Floats = NDArray[np.float64]
 Mask = NDArray[np.bool_]
@@ -60,6 +66,24 @@ class Option:
 
 
 @dataclass(frozen=True, eq=False)
+class Rates:
+    """Shares of all FLOPs: of computed steps, and `options` `[O]` of one step served by each.
+
+    `once` is what the first step of each denoiser takes beyond what other computed steps do, in
+    FLOPs, as are `step` and `total`; so that shares are rounded once.
+    """
+
+    once: int
+    step: int
+    total: int
+    options: Floats
+
+    def computed(self, steps: int) -> float:
+        """The share of so many computed steps."""
+        return (self.once + steps * self.step) / self.total
+
+
+@dataclass(frozen=True, eq=False)
 class Serving:
     """`computed` `[T]`, the option that serves each other step (-1 at computed ones), and proof."""
 
@@ -72,13 +96,14 @@ class Serving:
     ridge: float = RIDGE
 
 
-def options(profile: FeatureProfile, ridge: float = RIDGE) -> tuple[Option, ...]:
+def options(
+    profile: FeatureProfile, ridge: float = RIDGE, *, text_once: bool = False
+) -> tuple[Option, ...]:
     """The sites that may serve a step, with their damage to the final latent.
 
-    A `ridge` above `RIDGE` says that the latent drifts (`plan_steps`).
+    A `ridge` above `RIDGE` says that the latent drifts (`plan_steps`).  `text_once` is the plan's.
     """
     spec = profile.model
-    total = spec.steps * spec.cost
     power, weight = statistic(profile, "power"), sensitivity(profile)
     of_output = sensitivity(profile, of="output_damage")
     found = []
@@ -91,9 +116,30 @@ def options(profile: FeatureProfile, ridge: float = RIDGE) -> tuple[Option, ...]
         absent = [step for step in range(spec.steps) if not runs(spec, site, step)]
         single, pair = scale * gram.hold(), scale * gram.forecast("fitted", 1)
         single[:, absent], pair[:, :, absent] = np.inf, np.inf
-        rate = (spec.cost - saved_flops(spec, site, 0)) / total
+        rate = _dearest(spec, text_once, site) / full_flops(spec)
         found.append(Option(site, rate, np.sqrt(single), np.sqrt(pair)))
     return tuple(found)
+
+
+def rates_of(spec: DiffusionSpec, menu: tuple[Option, ...], *, text_once: bool) -> Rates:
+    """What computed steps and the options of `menu` take."""
+    step = _dearest(spec, text_once)
+    once = len(first_steps(spec)) * (spec.cost - step)
+    return Rates(once, step, full_flops(spec), np.array([option.rate for option in menu]))
+
+
+def _dearest(spec: DiffusionSpec, text_once: bool, site: FeatureSite | None = None) -> int:
+    """FLOPs of a step that is not the first of its denoiser, where those are most.
+
+    It is computed whole, or but for `site`.
+    """
+    found = [
+        step_flops(spec, step, text_once=text_once)
+        - (saved_flops(spec, site, step, text_once=text_once) if site else 0)
+        for step in range(spec.steps)
+        if step not in first_steps(spec) and (site is None or runs(spec, site, step))
+    ]
+    return max(found, default=spec.cost)
 
 
 def tails(profile: FeatureProfile) -> list[FeatureSite]:
@@ -106,32 +152,41 @@ def tails(profile: FeatureProfile) -> list[FeatureSite]:
     ]
 
 
-def plan_steps(profile: FeatureProfile, forced: Mask, kept: float) -> Serving:
+def plan_steps(
+    profile: FeatureProfile, forced: Mask, kept: float, *, text_once: bool = False
+) -> Serving:
     """The best schedule found within `kept` of all computation; raises InfeasibleError.
 
     Weights are fitted to features of full runs, but in a planned run these have drifted: by about
     the error of the final latent.  Noise of that size in the keys is the ridge of the fit (least
     squares with errors in the variables), so a plan with much damage is made again with it.
     """
-    found = plan_at(profile, forced, kept, RIDGE)
+    found = plan_at(profile, forced, kept, RIDGE, text_once=text_once)
     drift = min(found.damage, 1.0) ** 2
-    return found if drift <= RIDGE else plan_at(profile, forced, kept, drift)
+    if drift <= RIDGE:
+        return found
+    return plan_at(profile, forced, kept, drift, text_once=text_once)
 
 
-def serve(profile: FeatureProfile, computed: Mask, kept: float) -> Serving | None:
+def serve(
+    profile: FeatureProfile, computed: Mask, kept: float, *, text_once: bool = False
+) -> Serving | None:
     """The steps `computed` `[T]` and the best of the other steps within `kept`; None if none fits.
 
     Fitted as in `plan_steps`.
     """
-    found = _serve(profile, computed, kept, RIDGE)
+    found = _serve(profile, computed, kept, RIDGE, text_once)
     if found is None or (drift := min(found.damage, 1.0) ** 2) <= RIDGE:
         return found
-    return _serve(profile, computed, kept, drift)
+    return _serve(profile, computed, kept, drift, text_once)
 
 
-def _serve(profile: FeatureProfile, computed: Mask, kept: float, ridge: float) -> Serving | None:
-    menu = options(profile, ridge)
-    filled = _fill(*_tables(menu), computed, kept)
+def _serve(
+    profile: FeatureProfile, computed: Mask, kept: float, ridge: float, text_once: bool
+) -> Serving | None:
+    menu = options(profile, ridge, text_once=text_once)
+    rates = rates_of(profile.model, menu, text_once=text_once)
+    filled = _fill(*_tables(menu), rates, computed, kept)
     return None if filled is None else Serving(menu, computed, *filled, 0.0, ridge)
 
 
@@ -141,19 +196,21 @@ def outlook(profile: FeatureProfile, forced: Mask) -> Schedule:
     return _problem(option.single, option.pair, forced)
 
 
-def _tables(menu: tuple[Option, ...]) -> tuple[Floats, Floats, Floats]:
-    """Damage from one key and from two, and the rate, of all options."""
+def _tables(menu: tuple[Option, ...]) -> tuple[Floats, Floats]:
+    """Damage from one key and from two of all options."""
     single, pair = ([getattr(option, name) for option in menu] for name in ("single", "pair"))
-    return np.stack(single), np.stack(pair), np.array([option.rate for option in menu])
+    return np.stack(single), np.stack(pair)
 
 
-def plan_at(profile: FeatureProfile, forced: Mask, kept: float, ridge: float) -> Serving:
+def plan_at(
+    profile: FeatureProfile, forced: Mask, kept: float, ridge: float, *, text_once: bool = False
+) -> Serving:
     """The best schedule found for forecasts fitted with this ridge."""
-    menu = options(profile, ridge)
-    T = profile.model.steps
-    single, pair, rates = _tables(menu)
+    menu = options(profile, ridge, text_once=text_once)
+    T, rates = profile.model.steps, rates_of(profile.model, menu, text_once=text_once)
+    single, pair = _tables(menu)
     fewest = int(np.flatnonzero(np.isfinite(_curve(single, pair, forced).distortion[0]))[0])
-    least = fewest / T + (T - fewest) * rates.min()
+    least = rates.computed(fewest) + (T - fewest) * rates.options.min()
     if kept < least - _SLACK:
         raise InfeasibleError(
             f"The budget {kept:.3g} is too small, since at least {fewest} of {T} steps are "
@@ -161,17 +218,18 @@ def plan_at(profile: FeatureProfile, forced: Mask, kept: float, ridge: float) ->
         )
     tried: dict[bytes, Mask] = {}
     bounds = np.zeros(T + 1)  # of schedules with so many computed steps
+    spent = np.array([rates.computed(steps) for steps in range(T + 1)])
 
     def relaxed(multiplier: float) -> float:
         """The rate of the cheapest priced schedule; notes it, its neighbours and the bound."""
-        price = multiplier * rates
+        price = multiplier * rates.options
         found = _curve(single + price[:, None, None], pair + price[:, None, None, None], forced)
-        priced = found.distortion[0] + multiplier * np.arange(T + 1) / T
+        priced = found.distortion[0] + multiplier * spent
         best = int(priced.argmin())
         np.maximum(bounds, priced - multiplier * kept, out=bounds)
         for keys in range(max(1, best - _NEAR), min(T, best + _NEAR) + 1):
             mask = found.computed[0, keys]
-            if np.isfinite(found.distortion[0, keys]) and mask.sum() / T <= kept + _SLACK:
+            if np.isfinite(found.distortion[0, keys]) and spent[keys] <= kept + _SLACK:
                 tried[mask.tobytes()] = mask
         return _cheapest(single, pair, rates, found.computed[0, best], multiplier)
 
@@ -257,25 +315,23 @@ def damages(single: Floats, pair: Floats, computed: Mask) -> Floats:
 
 
 def _cheapest(
-    single: Floats, pair: Floats, rates: Floats, computed: Mask, multiplier: float
+    single: Floats, pair: Floats, rates: Rates, computed: Mask, multiplier: float
 ) -> float:
     table = damages(single, pair, computed)
-    chosen = (table + multiplier * rates).argmin(1)
-    return float(computed.sum() / len(computed) + rates[chosen].sum())
+    chosen = (table + multiplier * rates.options).argmin(1)
+    return rates.computed(int(computed.sum())) + float(rates.options[chosen].sum())
 
 
-def _fill(
-    single: Floats, pair: Floats, rates: Floats, computed: Mask, kept: float
-) -> Filled | None:
+def _fill(single: Floats, pair: Floats, rates: Rates, computed: Mask, kept: float) -> Filled | None:
     """Options of the other steps that spend the rest of the budget best; None if none fits."""
-    spent = computed.sum() / len(computed)
+    spent = rates.computed(int(computed.sum()))
     table = damages(single, pair, computed)
     served, rest = np.full(len(computed), -1), kept - spent
-    if len(table) * rates.min() > rest + _SLACK or not np.isfinite(table).any(1).all():
+    if len(table) * rates.options.min() > rest + _SLACK or not np.isfinite(table).any(1).all():
         return None
     if not len(table):
-        return served, 0.0, float(spent)
-    knapsack = Knapsack(np.tile(rates, (len(table), 1)), table, rest + _SLACK)
+        return served, 0.0, spent
+    knapsack = Knapsack(np.tile(rates.options, (len(table), 1)), table, rest + _SLACK)
     solution = knapsack_solver("lagrangian")(knapsack)
     served[~computed] = solution.choice
-    return served, solution.value, float(spent + solution.rate)
+    return served, solution.value, spent + solution.rate

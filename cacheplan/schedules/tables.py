@@ -21,7 +21,7 @@ from cacheplan.types import FeatureProfile, FeatureSite
 
 Floats = NDArray[np.float64]
 Indices = NDArray[np.int64]
-RIDGE = 1e-3  # of the keys' mean square: what calibration prompts say of others, at best
+RIDGE = 3e-4  # of the keys' mean square: what calibration prompts say of others, at best
 _LEAST = 1e-12
 _TRUSTED = 0.75  # of the logarithm of a step's sensitivity over the mean: see `sensitivity`
 

@@ -6,6 +6,7 @@ from cacheplan.types.features import (
     FeatureEntry,
     FeaturePlan,
     Gate,
+    LinearEntry,
     Plan,
     Rescale,
 )
@@ -18,6 +19,7 @@ from cacheplan.types.model import (
     ModelSpec,
     Part,
     Site,
+    TextProjections,
 )
 from cacheplan.types.plan import (
     Action,
@@ -43,7 +45,13 @@ from cacheplan.types.problem import (
     Split,
     TwoClasses,
 )
-from cacheplan.types.profile import FeatureProfile, KVProfile, Profile, Statistic
+from cacheplan.types.profile import (
+    RANGE_UNIT,
+    FeatureProfile,
+    KVProfile,
+    Profile,
+    Statistic,
+)
 from cacheplan.types.recipe import FeatureRecipe, KVRecipe, Recipe
 from cacheplan.types.scorers import (
     SCORERS,
@@ -74,6 +82,7 @@ from cacheplan.types.weights import (
 
 __all__ = [
     "FULL_ATTENTION",
+    "RANGE_UNIT",
     "SCORERS",
     "AccumulatedAttention",
     "Action",
@@ -105,6 +114,7 @@ __all__ = [
     "LagDifference",
     "LanguageSpec",
     "LayerWeight",
+    "LinearEntry",
     "LowPassResidual",
     "Merge",
     "ModelSpec",
@@ -130,6 +140,7 @@ __all__ = [
     "SpectralResidual",
     "Split",
     "Statistic",
+    "TextProjections",
     "Tier",
     "Trigger",
     "TwoClasses",

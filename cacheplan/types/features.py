@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from cacheplan.types.model import DiffusionSpec, FeatureSite
-from cacheplan.types.plan import Budget, Certificate, KVPlan, Provenance
+from cacheplan.types.plan import Budget, Certificate, KVPlan, Provenance, WeightAction
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +41,25 @@ class FeatureEntry:
     site: FeatureSite
     step: int
     action: FeatureAction
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearEntry:
+    """A linear layer of the denoiser whose numbers have few bits, simulated.
+
+    Weights and activations are rounded to what the bits can tell and multiplied as ordinary
+    floats: what that costs in quality can be compared, time and memory are those of full numbers.
+
+    `ranges` are the lowest and highest activation at each step, 0 always between them; beyond
+    them activations are clipped, and where both are 0 they stay as they are.  `channel_scale` and
+    `channel_shift` correct the output channels, a vector for each step; empty means 1 and 0.
+    """
+
+    path: str  # in the denoiser, of others than the first with its name before
+    action: WeightAction
+    ranges: tuple[tuple[float, float], ...] = ()
+    channel_scale: tuple[tuple[float, ...], ...] = ()
+    channel_shift: tuple[tuple[float, ...], ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,12 +102,13 @@ class FeatureDamage:
     """Loss against the full run from the same noise, mean over prompts.
 
     `error` is the root mean square of the difference of the final latents relative to that of
-    the full run's; `psnr` (decibels) and `ssim` compare the decoded images.
+    the full run's; `psnr` (decibels), `ssim` and `lpips` compare the decoded images.
     """
 
     error: float
     psnr: float | None = None
     ssim: float | None = None
+    lpips: float | None = None
     prompts: int = 0
     digest: str | None = None  # of the prompts
 
@@ -98,7 +118,9 @@ class FeaturePlan:
     """A complete plan for the features of a diffusion model; see `plans/SPEC.md` for the file.
 
     Entries are sorted by step, then first block, last block and part.  `dt_scale` multiplies the
-    scheduler's step sizes, one number per step; empty leaves them alone.
+    scheduler's step sizes, one number per step; empty leaves them alone.  With `text_once` the
+    text's keys and values (`Part.text`) are computed at the first step of each denoiser and used
+    in all later ones: they stay the same.  `linears` are layers with few bits, simulated.
     """
 
     family: ClassVar[str] = DiffusionSpec.family
@@ -108,6 +130,8 @@ class FeaturePlan:
     entries: tuple[FeatureEntry, ...]
     gate: Gate | None = None
     dt_scale: tuple[float, ...] = ()
+    text_once: bool = False
+    linears: tuple[LinearEntry, ...] = ()
     certificate: Certificate
     predicted: FeatureDamage | None
     measured: FeatureDamage | None

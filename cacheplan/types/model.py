@@ -56,6 +56,20 @@ class LanguageSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TextProjections:
+    """What a cross-attention makes of the text alone: its keys and values.
+
+    `cost` and `size` are counted as in `Block`, of all of them together; `given` is how many
+    numbers the first of them is given.
+    """
+
+    paths: tuple[str, ...]  # of linear layers, relative to the part
+    cost: int
+    size: int
+    given: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Part:
     """One module of a block whose output can be cached, before its adaptive gate.
 
@@ -67,6 +81,7 @@ class Part:
     path: str  # relative to the block
     cost: int
     size: int
+    text: TextProjections | None = None  # of a cross-attention; `cost` includes theirs
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,8 @@ class Precision:
     channel and `group` tokens (keys: KIVI, arXiv 2402.02750), or "token", one for each token and
     `group` channels (None: all).  `separable` first divides channels by the root of their largest
     value (ZipCache, arXiv 2405.14256).  At least the newest `residual` tokens stay in the model's
-    type.  "tensor" is for weights.
+    type.  In linear layers (`WeightAction`) "channel" is one scale for each output channel of the
+    weights, and "tensor" one for all that the layer is given.
     """
 
     format: str = "model"
@@ -100,7 +101,10 @@ class KVAction:
 
 @dataclass(frozen=True, kw_only=True)
 class WeightAction:
-    """Number format of a weight or activation; part of the format, not yet run."""
+    """Precision of a linear layer's weights, and of what it is given (activations).
+
+    Of language models part of the format, not yet run; of diffusion models simulated.
+    """
 
     weight: Precision = field(default_factory=Precision)
     activation: Precision = field(default_factory=Precision)

@@ -10,6 +10,8 @@ from numpy.typing import NDArray
 from cacheplan.types.model import DiffusionSpec, FeatureSite, LanguageSpec
 from cacheplan.types.plan import KVAction, Precision
 
+RANGE_UNIT = 256.0  # so that sums of what profiles hold may be of any half-precision numbers
+
 
 @dataclass(frozen=True, eq=False)
 class Statistic:
@@ -83,6 +85,20 @@ class FeatureProfile:
 
     `sites` is the axis "site" of the statistics, `lags` how many steps back features were
     compared, and `probes` are the sites that were left out alone to see the damage.
+
+    `held_change` `[site, T]`, where gradients were followed: mean square change of the model's
+    output, relative to its mean square, when the site alone is held at a step (to first order).
+
+    `text_constant` `[]`, of models that have such: 1 where the keys and values of the text
+    (`Part.text`) were bit for bit the same at all steps of a denoiser, else 0.
+
+    `linears` are the paths of the linear layers in the blocks, and of those behind the last block
+    that read what it returns; these are also `readers`, with their number of output channels.
+    `activation_range` `[linear, T, 2]`: lowest and highest number that the layer is given at a
+    step of a prompt, at most and at least 0 (both 0 where it does not run), in `RANGE_UNIT`.
+    `reader_moments` `[reader's channels, T, 4]`: with q the output channel with weights and
+    activations in 8 bits, and e what the full one is more, the means of e, q, eq and q^2; in
+    `RANGE_UNIT` or its square.
     """
 
     model: DiffusionSpec
@@ -93,6 +109,8 @@ class FeatureProfile:
     prompts: int
     prompts_digest: str
     seed: int
+    linears: tuple[str, ...] = ()
+    readers: tuple[tuple[str, int], ...] = ()
     digest: str = ""
     versions: tuple[tuple[str, str], ...] = field(default=())
 

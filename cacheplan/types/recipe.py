@@ -73,7 +73,9 @@ class FeatureRecipe:
 
     `basis` and `order` say how a step is forecast, `correction` ("none", "scalar", "channel")
     what is fitted after that, `donors` how many sites hand their steps on (BAC's union),
-    `scale_steps` whether the sampler's steps are shortened (ERTACache).
+    `scale_steps` whether the sampler's steps are shortened (ERTACache), `text_once` whether keys
+    and values of the text are computed once where they stay the same.  `bits` are those of the
+    linear layers' weights and activations, simulated; without, they stay full.
     """
 
     family: ClassVar[str] = "diffusion"
@@ -95,6 +97,8 @@ class FeatureRecipe:
     correction: str = "none"
     donors: int = 0
     scale_steps: bool = False
+    text_once: bool = False
+    bits: tuple[int, int] | None = None
     gate: Gate | None = None
 
 

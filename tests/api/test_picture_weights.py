@@ -14,7 +14,14 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cacheplan.picture_weights import directions, fit_weights, linearised, mean_error, moved
+from cacheplan.picture_weights import (
+    Normal,
+    directions,
+    fit_weights,
+    linearised,
+    mean_error,
+    moved,
+)
 from cacheplan.plans.io import read_plan
 from cacheplan.types import FeatureAction, FeatureEntry, FeaturePlan, FeatureSite
 
@@ -64,7 +71,7 @@ def test_weights_are_those_of_least_squares(plan: FeaturePlan) -> None:
     along = directions(plan)
     assert len(along) == 6
     latents = [run(plan, index) for index in range(PROMPTS)]
-    amounts = linearised(plan, along, run, full, latents).solved(0.0)
+    amounts = Normal.of(linearised(plan, along, run, full, latents)).solved(0.0)
     sizes = np.array([float(target.norm()) for target in full])
     stacked = np.concatenate(matrices / sizes[:, None, None])
     wanted = np.concatenate([target / size for target, size in zip(full, sizes, strict=True)])
@@ -79,7 +86,7 @@ def test_damping_holds_weights_back(plan: FeaturePlan) -> None:
     run, full, _ = pipeline()
     along = directions(plan)
     latents = [run(plan, index) for index in range(PROMPTS)]
-    normal = linearised(plan, along, run, full, latents)
+    normal = Normal.of(linearised(plan, along, run, full, latents))
     lengths = [
         float(np.sqrt(np.diag(normal.square)) @ np.abs(normal.solved(d))) for d in (0, 0.1, 10, 1e3)
     ]
@@ -111,6 +118,25 @@ def test_what_can_be_reached_is_reached(plan: FeaturePlan) -> None:
     assert flat(found) == pytest.approx(flat(goal), abs=1e-4)
     assert told == sorted(told, reverse=True)
     assert told[-1] == value
+
+
+def test_what_prompts_do_not_share_is_left_alone(plan: FeaturePlan) -> None:
+    """Each wants another weight changed.  A bit of all would suit them, but no other prompt."""
+    run, _, _ = pipeline()
+    along = directions(plan)
+    goals = [moved(plan, along[i : i + 1], [0.3]) for i in range(4)]
+
+    def same(found: FeaturePlan, index: int) -> Tensor:
+        return run(found, 0)
+
+    full = [same(goal, 0) for goal in goals]
+    latents = [same(plan, 0)] * 4
+    normal = Normal.of(linearised(plan, along, same, full, latents))
+    suited = moved(plan, along, normal.solved(0.0).tolist())
+    before = mean_error(latents, full)
+    assert mean_error([same(suited, 0)] * 4, full) < 0.97 * before
+    assert fit_weights(plan, same, full, worth=0.01) == (plan, before)
+    assert fit_weights(plan, same, full[:1] * 2, worth=0.01)[1] < 0.1 * before
 
 
 def test_runs_that_end_in_nan_win_nothing(plan: FeaturePlan) -> None:

@@ -15,7 +15,7 @@ from cacheplan.adapters.sampling import run_pipeline
 from cacheplan.errors import InputError, UnsupportedError
 from cacheplan.formulate_features import plan_for, searched
 from cacheplan.picture_inputs import open_for_plan
-from cacheplan.picture_refinement import WORTH, computed_steps
+from cacheplan.picture_refinement import WORTH, computed_steps, halves
 from cacheplan.plans.compute import full_flops, planned_flops
 from cacheplan.plans.io import dumps, read_plan
 from cacheplan.profilers.feature_ablation import relative_square
@@ -184,3 +184,11 @@ def test_what_cannot_be_refined(
     api.refine(poor, profile, prompts=prompts, state=state, evaluations=1)
     with pytest.raises(InputError, match="of another plan or with other prompts: delete it"):
         api.refine(poor, profile, prompts=prompts, state=state, limit=1)
+
+
+def test_halves_divide_the_prompts() -> None:
+    assert halves(1) == (range(0, 1, 2),)
+    for prompts in range(2, 9):
+        one, other = halves(prompts)
+        assert sorted([*one, *other]) == list(range(prompts))
+        assert len(one) - len(other) in (0, 1)

@@ -120,7 +120,8 @@ def test_show_maps_blocks_and_steps(folder: Path) -> None:
 
 def test_compare_draws_a_grid_and_a_table(folder: Path) -> None:
     found = cacheplan("compare plan.json uniform.json --prompts heldout.jsonl")
-    rows = [line.split()[0] for line in found.stdout.splitlines()[2:]]
+    table, *_ = found.stdout.split("LPIPS is not measured")
+    rows = [line.split()[0] for line in table.splitlines()[2:]]
     assert rows == ["full", "plan", "uniform"]
     with Image.open("compare.png") as sheet:
         assert sheet.width > 3 * 192
@@ -128,6 +129,22 @@ def test_compare_draws_a_grid_and_a_table(folder: Path) -> None:
     told = cacheplan("compare plan.json --prompts heldout.jsonl --limit 1 -o a.png --json")
     assert told["picture"] == "a.png"
     assert told["plans"]["plan"]["measured"]["prompts"] == 1
+
+
+def test_lpips_is_told_where_it_can_be_measured(folder: Path, lpips_stand_in: Path) -> None:
+    where = "--prompts heldout.jsonl --limit 1"
+    found = cacheplan(f"verify {where} --write --json")
+    assert 0 < found["measured"]["lpips"] < 2
+    assert found["without_lpips"] is None
+    shown = cacheplan("show").stdout
+    assert f", LPIPS {found['measured']['lpips']:.3g}" in shown
+    compared = cacheplan(f"compare plan.json {where}").stdout
+    assert "LPIPS" in compared.splitlines()[0]
+    lpips_stand_in.unlink()
+    for command in (f"compare plan.json {where}", f"verify {where}"):
+        table, reason = cacheplan(command).stdout.split("LPIPS is not measured, ")
+        assert "LPIPS" not in table
+        assert f"{lpips_stand_in.name} is missing" in " ".join(reason.split())
 
 
 def test_diff_and_recipes_know_pictures(folder: Path) -> None:
@@ -139,6 +156,25 @@ def test_diff_and_recipes_know_pictures(folder: Path) -> None:
     assert families["taylorseer"] == "diffusion"
     assert families["snapkv"] == "language"
     assert "diffusion" in cacheplan("recipes").stdout
+
+
+def test_gradients_show_which_parts_matter(folder: Path, tiny_shapes: Path) -> None:
+    where = "--call settings.json --prompts calibration.txt --ablate 1"
+    assert "moves at a step" not in cacheplan("show profile.safetensors").stdout
+    cacheplan(f"profile {tiny_shapes} {where} --gradients 1 --out followed.safetensors")
+    found = cacheplan("show followed.safetensors").stdout
+    for what in ("a block", "attention of a block", "cross attention of a block", "mlp of a block"):
+        assert f"how far the model's output moves at a step that holds {what} (" in found
+    maps = found[found.index("how far") :]
+    assert "9" in maps.replace("is 9", "")
+    assert "    0 " in maps
+    assert "    2 " in maps
+    cacheplan("solve followed.safetensors --budget 0.6 --out followed.json")
+    refused = cacheplan(f"profile {tiny_shapes} {where} --gradients -1 --out other.safetensors", 2)
+    assert "--gradients is -1, expected at least 0 prompts." in refused.stderr
+    refused = cacheplan("profile --gradients 1 --out other.safetensors", 2)
+    assert "gradients" in refused.stderr
+    assert not Path("other.safetensors").exists()
 
 
 def test_shards_merge_to_the_same_bytes(folder: Path, tiny_shapes: Path) -> None:

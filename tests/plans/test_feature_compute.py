@@ -11,9 +11,10 @@ from cacheplan.plans.compute import (
     planned_flops,
     planned_memory,
     saved_flops,
+    step_flops,
 )
 from cacheplan.plans.io import read_plan
-from cacheplan.types import FeaturePlan, FeatureSite
+from cacheplan.types import FeaturePlan, FeatureSite, TextProjections
 
 LOADED = read_plan(Path(__file__).with_name("golden_features.json"))
 assert isinstance(LOADED, FeaturePlan)
@@ -51,6 +52,31 @@ def test_memory_holds_what_the_highest_order_of_each_site_needs() -> None:
     assert planned_memory(PLAN, 2) == 2 * 2048 * (1 + 1 + 2 + 3)
     assert planned_memory(replace(PLAN, entries=()), 2) == 0
     assert planned_memory(replace(PLAN, entries=PLAN.entries[4:]), 4) == 4 * 2048 * 2
+
+
+def test_a_text_that_is_read_once() -> None:
+    text = TextProjections(paths=("to_k", "to_v"), cost=60, size=500, given=70)
+    blocks = tuple(
+        replace(
+            block,
+            parts=tuple(
+                replace(part, text=text if part.name == "cross_attention" else None)
+                for part in block.parts
+            ),
+        )
+        for block in SPEC.blocks
+    )
+    plan = replace(PLAN, model=replace(SPEC, blocks=blocks), text_once=True)
+    # at seven steps less three texts; left out with blocks are 2, 3, 3 and 1 of them
+    assert planned_flops(plan) == planned_flops(PLAN) - 60 * (7 * 3 - 2 - 3 - 3 - 1)
+    assert step_flops(plan.model, 0, text_once=True) == 3200
+    assert step_flops(plan.model, 1, text_once=True) == 3200 - 180
+    for part, saved in (("cross_attention", 90), ("mlp", 400), ("delta", 940)):
+        site = FeatureSite(part=part, first=1, last=2)
+        assert saved_flops(plan.model, site, 4, text_once=True) == saved
+    apart = replace(plan, model=replace(plan.model, expert_starts=(4,)), entries=())
+    assert planned_flops(apart) == full_flops(SPEC) - 60 * 6 * 3
+    assert planned_memory(plan, 2) == planned_memory(PLAN, 2) + 2 * (3 * 500 + 70)
 
 
 def test_only_the_denoiser_that_runs_is_saved() -> None:

@@ -17,6 +17,7 @@ from cacheplan.types import (
     FeaturePlan,
     FeatureSite,
     Rescale,
+    TextProjections,
 )
 
 # Eight steps of three blocks, each of attention, cross_attention and mlp; six entries.
@@ -47,6 +48,12 @@ def parts(index: int, **changes: Any) -> Change:
     found = list(PLAN.model.blocks[0].parts)
     found[index] = replace(found[index], **changes)
     return block(0, parts=tuple(found))
+
+
+def text(**changes: Any) -> Change:
+    """The first block's cross-attention, of cost 150, with keys and values of the text."""
+    fields: dict[str, Any] = {"paths": ("to_k", "to_v"), "cost": 60, "size": 9, "given": 5}
+    return parts(1, text=TextProjections(**(fields | changes)))
 
 
 def entry(
@@ -284,6 +291,15 @@ def action(part: str = "mlp", **fields: Any) -> Change:
         ),
         (plan(dt_scale=(1.0,) * 7 + (-0.1,)), "dt_scale[7] is -0.1, expected a number from 0 to 4"),
         (plan(dt_scale=(4.1,) * 8), "dt_scale[0] is 4.1, expected a number from 0 to 4"),
+        (plan(text_once=True), "text_once is true, expected false where no part has a `text`"),
+        (text(paths=()), "model.blocks[0].parts[1].text.paths is [], expected at least one"),
+        (
+            text(paths=("to_k", "to_k")),
+            'model.blocks[0].parts[1].text.paths[1] is "to_k", expected a path that is not taken',
+        ),
+        (text(size=-1), "model.blocks[0].parts[1].text.size is -1, expected an integer of at"),
+        (text(given=-1), "model.blocks[0].parts[1].text.given is -1, expected an integer of at"),
+        (text(cost=151), "model.blocks[0].parts[1].text.cost is 151, expected at most the part's"),
         (
             piece("certificate", gap=-0.1),
             "certificate.gap is -0.1, expected a number of at least 0",
@@ -295,6 +311,8 @@ def action(part: str = "mlp", **fields: Any) -> Change:
         (piece("measured", error=NAN), "measured.error is NaN, expected a number of at least 0"),
         (piece("measured", psnr=NAN), "measured.psnr is NaN, expected a finite number"),
         (piece("measured", ssim=1.1), "measured.ssim is 1.1, expected a number from -1 to 1"),
+        (piece("measured", lpips=-0.1), "measured.lpips is -0.1, expected a number of at least 0"),
+        (piece("measured", lpips=NAN), "measured.lpips is NaN, expected a number of at least 0"),
         (
             piece("measured", prompts=-1),
             "measured.prompts is -1, expected an integer",
@@ -309,6 +327,7 @@ def test_check_refuses_feature_plans(change: Change, sentence: str) -> None:
 
 def test_check_accepts_every_kind_of_feature() -> None:
     check(PLAN)
+    check(replace(text()(), text_once=True))
     check(replace(PLAN, gate=None, dt_scale=(), predicted=None, measured=FeatureDamage(error=0.0)))
     whole = ("model", 0, 3, 5)
     check(only(entry("attention", 0, 1, 3), entry("mlp", 0, 1, 3), entry("delta", 1, 3, 3))())

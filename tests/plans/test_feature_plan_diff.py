@@ -38,6 +38,7 @@ def test_parts_of_feature_plans_are_compared_field_by_field() -> None:
         model=replace(PLAN.model, steps=20, blocks=PLAN.model.blocks * 5),
         gate=Gate(signal="forecast", threshold=0.12, max_consecutive=2, warmup=1),
         dt_scale=(),
+        text_once=True,
         measured=None,
     )
     assert diff(PLAN, other) == [
@@ -45,9 +46,16 @@ def test_parts_of_feature_plans_are_compared_field_by_field() -> None:
         "model.steps: 8 -> 20",
         "gate.signal: first_block -> forecast",
         "dt_scale: [1.0, 1.0, 0.99, 1.0, 1.0, 1.01, 1.0, 1.0] -> []",
+        "text_once: False -> True",
         "measured: (error 0.013, psnr 31.5, ssim 0.97, prompts 32, "
         f"digest sha256:{'77e2' * 16}) -> none",
     ]
+
+
+def test_a_new_measurement_is_compared_number_by_number() -> None:
+    assert PLAN.measured is not None
+    again = replace(PLAN, measured=replace(PLAN.measured, lpips=0.02))
+    assert diff(PLAN, again) == ["measured.lpips: none -> 0.02"]
 
 
 def test_a_block_that_differs_is_named() -> None:

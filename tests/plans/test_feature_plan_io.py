@@ -24,6 +24,7 @@ from cacheplan.types import (
     Gate,
     Part,
     Provenance,
+    TextProjections,
 )
 
 DATA = Path(__file__).with_name("golden_features.json").read_bytes()
@@ -40,6 +41,7 @@ damages = st.none() | st.builds(
     error=losses,
     psnr=st.none() | numbers,
     ssim=st.none() | st.floats(-1, 1),
+    lpips=st.none() | losses,
     prompts=natural,
     digest=st.none() | st.text(),
 )
@@ -90,8 +92,13 @@ def sites(draw: st.DrawFn, blocks: tuple[Block, ...]) -> list[FeatureSite]:
 
 @st.composite
 def plans(draw: st.DrawFn) -> FeaturePlan:
+    some = st.lists(st.text(), min_size=1, max_size=2, unique=True).map(tuple)
+    texts = st.builds(TextProjections, paths=some, cost=natural, size=natural, given=natural)
+
     def part(name: str) -> Part:
-        return Part(name=name, path=draw(st.text()), cost=draw(natural), size=draw(natural))
+        text = draw(st.none() | texts)
+        cost = draw(natural) + (text.cost if text else 0)
+        return Part(name=name, path=draw(st.text()), cost=cost, size=draw(natural), text=text)
 
     blocks = []
     for index in range(draw(st.integers(1, 3))):
@@ -137,6 +144,7 @@ def plans(draw: st.DrawFn) -> FeaturePlan:
         entries=tuple(entries),
         gate=draw(st.none() | gates),
         dt_scale=draw(st.just(()) | scales),
+        text_once=any(part.text for b in blocks for part in b.parts) and draw(st.booleans()),
         certificate=draw(st.builds(Certificate, value=numbers, bound=st.none(), gap=st.none())),
         predicted=draw(damages),
         measured=draw(damages),

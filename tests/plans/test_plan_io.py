@@ -285,7 +285,8 @@ CHANGED = "the file was changed after it was written, its digest no longer fits;
         (
             edit('"family": "language"', '"family": "diffusion"'),
             'the file has the unknown field "trigger", expected family, model, recipe, budget, '
-            "entries, gate, dt_scale, certificate, predicted, measured, provenance; "
+            "entries, gate, dt_scale, text_once, linears, certificate, predicted, measured, "
+            "provenance; "
             "update cacheplan if the file is newer",
         ),
         (edit("0.7", '"a"'), 'entries[0].action.keep is "a", expected a number'),

@@ -148,6 +148,8 @@ def build(
         "final_error": (held * np.linspace(2, 0.5, steps) if final is None else final)[None],
         "final_damage": held[None],
         "output_damage": held[None],
+        "activation_range": _ranges(steps),
+        "reader_moments": np.random.default_rng(0).uniform(0.1, 0.2, (3, steps, 4)),
         **statistics,
     }
     return FeatureProfile(
@@ -162,4 +164,12 @@ def build(
         prompts=1,
         prompts_digest="sha256:0",
         seed=0,
+        linears=("blocks.0.mlp", "blocks.0.idle", "proj_out"),
+        readers=(("proj_out", 3),),
     )
+
+
+def _ranges(steps: int) -> Floats:
+    """`activation_range`; the second layer never runs."""
+    wide = np.linspace(1, 2, steps)[:, None] * np.array([-0.01, 0.02])
+    return np.stack([wide, 0 * wide, 2 * wide])

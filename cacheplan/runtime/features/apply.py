@@ -14,6 +14,7 @@ from cacheplan.runtime.features.compiled import check_compiled
 from cacheplan.runtime.features.executor import Executor
 from cacheplan.runtime.features.gate import MODULATION, Guard
 from cacheplan.runtime.features.guidance import Guidance
+from cacheplan.runtime.features.linears import Linears
 from cacheplan.runtime.features.program import Program
 from cacheplan.runtime.features.report import FeatureReport
 from cacheplan.runtime.features.step_size import StepSizes
@@ -54,15 +55,18 @@ def apply_features(
         if plan.gate and plan.gate.signal == MODULATION:
             check_attention(plan.gate, wiring)
         check_compiled(program, wiring, gate=guard is not None)
+    linears = Linears(plan, found)
     guidance = Guidance(program.spec, pipe)
     executor = Executor(program, wirings, guard, sizes, guidance, report)
     with ExitStack() as stack:
+        for name, module in found.items():
+            stack.enter_context(tapped(unwrapped(module), linears.handlers(name)))
         for wiring in wirings.values():
             stack.enter_context(tapped(wiring.root, wiring.handlers()))
         watched = watching(
             pipe,
             on_start=executor.on_start,
-            on_call=executor.on_call,
+            on_call=linears.following(executor.on_call),
             on_step=executor.on_step,
         )
         stack.enter_context(watched)

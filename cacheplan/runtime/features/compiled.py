@@ -49,10 +49,11 @@ def _settings(program: Program, wiring: Wiring, *, gate: bool) -> int:
             continue
         ways: dict[FeatureSite, object] = {site: "keep" for site in sites if site in stored}
         ways |= {site: left_out[site].do == "skip" for site in sites if site in left_out}
+        texts = {("text", step in program.first_steps)} if wiring.texts.handlers else set()
         if wiring.whole:
-            found.add(frozenset(ways.items()))
+            found.add(frozenset(ways.items() | texts))
             continue
         for block in wiring.blocks:
             parts = (site for site in sites if site.first == block)
-            found.add(frozenset((site.part, ways.get(site)) for site in parts))
+            found.add(frozenset({(site.part, ways.get(site)) for site in parts} | texts))
     return len(found)

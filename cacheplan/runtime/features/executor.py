@@ -71,9 +71,11 @@ class Executor:
         if loop.call == 0:
             if step == 0:
                 self.report.begin(given.shape[0])
-            if step in (0, *self.program.spec.expert_starts):
+            if step in self.program.first_steps:
                 self.store.clear()
                 self.decision.reset()
+                for other in self.wirings.values():
+                    other.texts.forget()
             self.decision.begin(step, given)
         whole = self._whole
         try:
@@ -94,6 +96,7 @@ class Executor:
             wiring.observed = True
             for site, feature in wiring.collect():
                 self.store.put(site, branch, step, feature)
+            wiring.texts.collect(branch, first=step in self.program.first_steps)
             if whole in self.program.stores(step, promoted=self.decision.promoted):
                 assert whole is not None
                 feature, self._forms[branch] = split(output, given)
@@ -117,7 +120,8 @@ class Executor:
         output = self.sizes(step, inner, args, kwargs)
         self.decision.finish()
         self.report.count(self.program, step, promoted=self.decision.promoted)
-        self.report.see(self.store.peak, self.decision.bytes)
+        texts = sum(wiring.texts.bytes for wiring in self.wirings.values())
+        self.report.see(self.store.peak + texts, self.decision.bytes)
         self.store.keep(lambda site, key: self.program.last_use[site][key] > step)
         return output
 
@@ -127,6 +131,7 @@ class Executor:
         for site in self.program.stores(step, promoted=promoted):
             self.store.trim(site, branch, self.program.most[site] - 1)
         wiring.set(step, lambda site: self._value(site, branch, step), promoted=promoted)
+        wiring.texts.set(branch, first=step in self.program.first_steps)
 
     def _value(self, site: FeatureSite, branch: int, step: int) -> Forecast:
         action = self.program.actions[step][site]

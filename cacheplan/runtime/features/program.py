@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 from cacheplan.errors import UnsupportedError
-from cacheplan.plans.compute import experts, needed
+from cacheplan.plans.compute import experts, first_steps, needed
 from cacheplan.plans.forecast import weights
 from cacheplan.plans.rules import RANGES
 from cacheplan.plans.words import site_words
@@ -30,6 +30,7 @@ class Program:
 
     def __init__(self, plan: FeaturePlan) -> None:
         self.spec = spec = plan.model
+        self.text_once, self.first_steps = plan.text_once, first_steps(spec)
         self.sites = tuple(dict.fromkeys(entry.site for entry in plan.entries))
         self.actions: list[dict[FeatureSite, FeatureAction]] = [{} for _ in range(spec.steps)]
         for entry in plan.entries:

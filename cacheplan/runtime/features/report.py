@@ -5,7 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from cacheplan.errors import UnsupportedError
-from cacheplan.plans.compute import full_flops, planned_flops, planned_memory, saved_flops
+from cacheplan.plans.compute import (
+    full_flops,
+    planned_flops,
+    planned_memory,
+    saved_flops,
+    step_flops,
+)
 from cacheplan.runtime.features.program import Program
 from cacheplan.types import FeaturePlan, FeatureSite
 
@@ -74,9 +80,9 @@ class FeatureReport:
 
     def count(self, program: Program, step: int, *, promoted: bool) -> None:
         """A step is over."""
-        actions = program.actions[step]
+        actions, spec, once = program.actions[step], program.spec, program.text_once
         self.steps += 1
-        self.flops += program.spec.cost
+        self.flops += step_flops(spec, step, text_once=once)
         if promoted:
             self.promoted.append(step)
         for site, count in self.sites.items():
@@ -84,7 +90,8 @@ class FeatureReport:
             if site in actions:
                 count.promoted += promoted
                 count.skipped += not promoted
-                self.flops -= 0 if promoted else saved_flops(program.spec, site, step)
+                saved = 0 if promoted else saved_flops(spec, site, step, text_once=once)
+                self.flops -= saved
 
     def see(self, peak: int, gate: int) -> None:
         self.peak_bytes = max(self.peak_bytes, peak)

@@ -10,6 +10,7 @@ from cacheplan.adapters.anatomy import is_unet, left_out
 from cacheplan.adapters.calls import unwrapped
 from cacheplan.adapters.taps import compiled
 from cacheplan.errors import UnsupportedError
+from cacheplan.plans.compute import text_parts
 from cacheplan.plans.words import site_words
 from cacheplan.runtime.features.blocks import (
     ADD,
@@ -25,11 +26,12 @@ from cacheplan.runtime.features.blocks import (
 from cacheplan.runtime.features.parts import PartHandler
 from cacheplan.runtime.features.program import Program
 from cacheplan.runtime.features.store import Feature
+from cacheplan.runtime.features.texts import TextHandler, Texts
 from cacheplan.runtime.features.values import Forecast, Ready
 from cacheplan.types import FeatureSite
 
 ValueOf = Callable[[FeatureSite], Forecast]
-Handler = BlockHandler | PartHandler
+Handler = BlockHandler | PartHandler | TextHandler
 
 
 class Wiring:
@@ -46,6 +48,7 @@ class Wiring:
         self._traced: dict[int, bool] = {}  # by the handler's id
         for site in program.sites:
             self._add(site)
+        self.texts = Texts(self._projections() if program.text_once else ())
 
     @property
     def sites(self) -> tuple[FeatureSite, ...]:
@@ -90,6 +93,14 @@ class Wiring:
         """The block's path within its denoiser."""
         return self.program.spec.blocks[index].path.removeprefix(self.prefix)
 
+    def _projections(self) -> tuple[str, ...]:
+        """Paths of what makes keys and values of the text."""
+        return tuple(
+            f"{block.path.removeprefix(self.prefix)}.{part.path}.{name}"
+            for block, part, text in text_parts(self.program.spec.blocks[i] for i in self.blocks)
+            for name in text.paths
+        )
+
     def handlers(self) -> dict[str, Handler]:
         """The taps to install, by path."""
         found: dict[str, Handler] = {self.path(i): h for i, h in self.of_block.items()}
@@ -98,7 +109,7 @@ class Wiring:
                 p for p in self.program.spec.blocks[site.first].parts if p.name == site.part
             )
             found[f"{self.path(site.first)}.{part.path}"] = handler
-        return found
+        return found | self.texts.handlers
 
     def traced(self, handler: Handler) -> bool:
         """Whether compiled code runs through the handler."""
@@ -116,6 +127,7 @@ class Wiring:
         handlers: list[Handler] = [*self.of_block.values(), *self.of_part.values()]
         for handler in handlers:
             handler.idle()
+        self.texts.idle()
 
     def set(self, step: int, value_of: ValueOf, *, promoted: bool) -> None:
         """Make every handler ready for a call at `step`."""
@@ -161,6 +173,7 @@ class Wiring:
             span.inputs, span.fresh = (), None
         for part in self.of_part.values():
             part.fresh = None
+        self.texts.forget()
 
     def observe(self) -> None:
         """Have the next call observed, block by block."""
