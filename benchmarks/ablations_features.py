@@ -21,8 +21,10 @@ from cacheplan.types import FeaturePlan, FeatureProfile, FeatureRecipe
 
 Mask = NDArray[np.bool_]
 PLANNED = FEATURE_RECIPES["planned"]
-OURS, STEPS = "planned", "whole steps alone"  # what rows are compared with
-EVALUATIONS, REFINED_ON = 40, 4  # of the closed loop
+PLAIN = replace(PLANNED, text_once=False)  # so that all rows count the same at a computed step
+# what rows are compared with
+OURS, TEXT, STEPS = "planned", "planned, the text read once", "whole steps alone"
+EVALUATIONS, REFINED_ON = 40, 8  # of the closed loop
 # how a step is served from the computed ones; the planner fits two of them by least squares
 SERVED = {
     "reuse": {"basis": "hold", "order": 0},
@@ -59,15 +61,18 @@ def variants(
     settings: dict[str, Any],
 ) -> Iterator[Variant]:
     """All plans of one budget; raises InfeasibleError where even the whole planner finds none."""
-    ours = api.solve(profile, budget=budget)
-    kept = ours.budget.kept
+    whole_plan = api.solve(profile, budget=budget)
+    kept = whole_plan.budget.kept
+    ours = _with(whole_plan, plan_features(profile, PLAIN, kept))
     yield Variant("", OURS, OURS, ours)
+    if whole_plan.text_once:
+        yield Variant("text", TEXT, OURS, whole_plan)
     stepwise = whole_steps(profile)
-    yield Variant("granularity", STEPS, OURS, _with(ours, plan_features(stepwise, PLANNED, kept)))
-    forced = forced_steps(profile, PLANNED)
+    yield Variant("granularity", STEPS, OURS, _with(ours, plan_features(stepwise, PLAIN, kept)))
+    forced = forced_steps(profile, PLAIN)
     mask = plan_steps(stepwise, forced, kept).computed[None]
     for name, cells in SERVED.items():
-        row = replace(PLANNED, name=name, schedule="path", **cells)  # type: ignore[arg-type]
+        row = replace(PLAIN, name=name, schedule="path", **cells)  # type: ignore[arg-type]
         found = plan_for(profile, row, mask, kept)
         if found is not None:
             yield Variant("forecast, at the same steps", name, STEPS, _with(ours, found))
@@ -78,7 +83,7 @@ def variants(
             insensitive(stepwise), forced, kept
         ).computed,
     }.items():
-        found = plan_for(stepwise, PLANNED, steps[None], kept)
+        found = plan_for(stepwise, PLAIN, steps[None], kept)
         if found is not None:
             yield Variant("steps, forecast as planned", name, STEPS, _with(ours, found))
     for name, (sites, share) in SITES.items():
@@ -92,7 +97,7 @@ def variants(
         reference = next(iter(SITES))
         yield Variant("granularity of reuse", name, reference, _with(ours, found))
     refined = api.refine(
-        ours,
+        whole_plan,
         profile,
         model=model,
         prompts=calibration,
@@ -100,7 +105,8 @@ def variants(
         evaluations=EVALUATIONS,
         limit=REFINED_ON,
     )
-    yield Variant("loop", "closed: refined on calibration prompts", OURS, refined)
+    start = TEXT if whole_plan.text_once else OURS
+    yield Variant("loop", "closed: refined on calibration prompts", start, refined)
 
 
 def _rows(name: str) -> FeatureRecipe:
@@ -111,6 +117,7 @@ def _with(plan: FeaturePlan, found: Planned) -> FeaturePlan:
     return replace(
         plan,
         entries=found.entries,
+        text_once=found.text_once,
         gate=found.gate,
         dt_scale=found.dt_scale,
         certificate=found.certificate,

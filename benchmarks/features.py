@@ -127,7 +127,8 @@ def measure(profile: FeatureProfile, limit: int | None) -> list[dict[str, Any]]:
                     print(f"{budget:<4} {name:12} left out: {error}", flush=True)
                     continue
                 row |= {"planned_compute": plan.budget.reached, "gap": plan.certificate.gap}
-                row["predicted_error"] = plan.predicted.error
+                if plan.predicted is not None:
+                    row["predicted_error"] = plan.predicted.error
                 with cacheplan.apply(pipe, plan):
                     found = run(pipe, call, batches)
             row |= compared(found, full)
