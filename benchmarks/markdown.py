@@ -130,9 +130,9 @@ def feature_headline(result: dict[str, Any]) -> str:
     predicted = sum("predicted_error" in row for row in result["rows"])
     return (
         "The error of `planned`, as a share of the best other recipe's and of fewer steps', is "
-        f"{ahead}. Prediction against measurement over all {predicted} plans: rank correlation "
-        f"{summary['rank_correlation']:.2f}, measured over predicted between {low:.2f} and "
-        f"{high:.1f}"
+        f"{ahead}. Prediction against measurement over the {predicted} plans that have both: rank "
+        f"correlation {summary['rank_correlation']:.2f}, measured over predicted between "
+        f"{low:.2f} and {high:.1f}"
     )
 
 
