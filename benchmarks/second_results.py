@@ -4,7 +4,8 @@
     python benchmarks/second_results.py OUT/recall_qwen3 [--json FILE]
     python benchmarks/second_results.py OUT/patterns_dit [--json FILE]
 
-Nothing of the planner was chosen by these models.  They are profiled first, on their calibration
+Nothing of the planner was chosen by these models but the least ridge of forecasts
+(`schedules/tables.py`, `RIDGE`).  They are profiled first, on their calibration
 prompts.  The JSON keeps one run for each model.
 """
 

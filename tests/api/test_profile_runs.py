@@ -155,7 +155,7 @@ def test_only_what_recipes_need_is_measured(tmp_path: Path) -> None:
     assert not any(c.merge is not None for c in usual.candidates)
     assert set(named.candidates) == {*few.candidates, *RECIPES["elastic"].candidates}
     assert api.solve(few, budget=0.2).predicted is not None
-    with pytest.raises(InputError, match="--recipe"):
+    with pytest.raises(ProfileError, match="--recipe"):
         api.solve(few, budget=0.2, recipe="lagkv")
     with pytest.raises(CacheplanError, match="cacheplan profile"):
         api.solve(few, budget=0.2, recipe="joint")
