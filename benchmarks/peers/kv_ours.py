@@ -42,6 +42,7 @@ def our_arms(
     budget: float,
     names: Sequence[str],
     model: str | None,
+    calibration: Path | None,
     plans: Path,
     contexts: Contexts,
 ) -> tuple[list[Arm], dict[str, str]]:
@@ -56,7 +57,7 @@ def our_arms(
         try:
             plan = read_plan(file) if file.exists() else None
             if not isinstance(plan, KVPlan) or plan.provenance.profile != profile.digest:
-                plan = _solved(profile, budget, name, model)
+                plan = _solved(profile, budget, name, model, calibration)
                 write_plan(plan, file)
         except CacheplanError as error:
             refused[name] = str(error)
@@ -65,12 +66,21 @@ def our_arms(
     return arms, refused
 
 
-def _solved(profile: KVProfile, budget: float, name: str, model: str | None) -> KVPlan:
+def _solved(
+    profile: KVProfile, budget: float, name: str, model: str | None, calibration: Path | None
+) -> KVPlan:
     recipe = name.removesuffix(REFINED)
     every = STEPS if find_recipe(recipe).decode_every else None
     plan = api.solve(profile, budget=budget, recipe=recipe, decode_every=every)
     if name.endswith(REFINED):
-        plan = api.refine(plan, profile, model=model, evaluations=EVALUATIONS, limit=REFINED_ON)
+        plan = api.refine(
+            plan,
+            profile,
+            model=model,
+            prompts=calibration,
+            evaluations=EVALUATIONS,
+            limit=REFINED_ON,
+        )
     return plan
 
 

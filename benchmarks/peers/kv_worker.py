@@ -88,22 +88,24 @@ def _arms(
     task: Task, profile: KVProfile, loaded: LanguageModel, refused: dict[str, str]
 ) -> Iterator[tuple[float | None, Arm]]:
     """Arms with their budgets, None for those that have no choice."""
+    texts_file = None if task.calibration is None else Path(task.calibration)
     if task.family == "cacheplan":
         yield None, full_arm()
         for arm in quantized_arms():
             yield None, arm
         contexts, plans = Contexts(loaded.model.model), Path(task.plans)
         for budget in task.budgets:
-            arms, reasons = our_arms(profile, budget, task.ours, task.model, plans, contexts)
+            arms, reasons = our_arms(
+                profile, budget, task.ours, task.model, texts_file, plans, contexts
+            )
             refused.update({f"{name} at {budget:g}": why for name, why in reasons.items()})
             yield from ((budget, arm) for arm in arms)
     else:
         from kv_kvpress import peer_arms
 
-        file = None if task.calibration is None else Path(task.calibration)
         texts = [
             loaded.tokenizer.decode(prompt.context, skip_special_tokens=True)
-            for prompt in calibration(file, loaded.tokenizer, profile.prompts)
+            for prompt in calibration(texts_file, loaded.tokenizer, profile.prompts)
         ]
         yield None, full_arm()  # the patched attention without a press must change nothing
         for budget in task.budgets:
