@@ -101,9 +101,15 @@ def test_pages_show_every_run(module: Any) -> None:
     ]
     text = pages.transfer_section({"runs": {"language: a": {**run, "rows": crossed}}})
     assert "| y | 0.25, 100 % | 0.25, 100 % |" in text
-    recipes = [{"budget": 0.2, "recipe": "planned", "kl": 0.1, "recall": 1.0}]
-    second = {**run, "rows": recipes, "model": {"recall": 0.99}}
-    assert "**0.1**" in pages.second_section({"runs": {"language: a": second}})
+    recipes = [
+        {"budget": 0.2, "recipe": recipe, "kl": kl, "recall": 1.0}
+        for recipe, kl in (("planned", 0.1), ("snapkv", 0.4), ("kivi", 0.08), ("joint", 0.04))
+    ]
+    second = {**run, "rows": recipes, "model": {"recall": 0.98765}}
+    text = pages.second_section({"runs": {"language: a": second}})
+    assert "recall 0.988." in text
+    assert "**0.04**" in text
+    assert "`planned` 0.25 (snapkv) and `joint` 0.5 (kivi) at 0.2." in text
 
 
 def test_invented_words_are_a_language_of_their_own() -> None:
