@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -25,7 +24,7 @@ from cacheplan.adapters.sampling import run_pipeline
 from cacheplan.adapters.taps import Handler, tapped
 from cacheplan.errors import UnsupportedError
 from cacheplan.plans.compute import expert_ranges
-from cacheplan.profilers.feature_observer import model_delta
+from cacheplan.profilers.feature_observer import around_sites, model_delta
 from cacheplan.profilers.feature_prompts import PicturePrompt
 from cacheplan.types import FeatureSite
 
@@ -48,16 +47,7 @@ class GradientTaps:
 
     def handlers(self, paths: Mapping[str, str]) -> dict[str, Handler]:
         """Taps for the blocks in `paths`: from the spec's path to that within its denoiser."""
-        found: dict[str, Handler] = {}
-        for index, block in enumerate(self.seen.spec.blocks):
-            if block.path not in paths:
-                continue
-            found[paths[block.path]] = partial(self._block, index)
-            for part in block.parts:
-                site = FeatureSite(part=part.name, first=index, last=index + 1)
-                if site in self.sites:
-                    found[f"{paths[block.path]}.{part.path}"] = partial(self._part, site)
-        return found
+        return around_sites(self.seen, self.sites, paths, self._block, self._part)
 
     def _part(
         self, site: FeatureSite, inner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]

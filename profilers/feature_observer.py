@@ -46,16 +46,7 @@ class SiteTaps:
 
     def handlers(self, paths: Mapping[str, str]) -> dict[str, Handler]:
         """Taps for the blocks in `paths`: from the spec's path to that within its denoiser."""
-        found: dict[str, Handler] = {}
-        for index, block in enumerate(self.seen.spec.blocks):
-            if block.path not in paths:
-                continue
-            found[paths[block.path]] = partial(self._block, index)
-            for part in block.parts:
-                site = FeatureSite(part=part.name, first=index, last=index + 1)
-                if site in self.sites:
-                    found[f"{paths[block.path]}.{part.path}"] = partial(self._part, site)
-        return found
+        return around_sites(self.seen, self.sites, paths, self._block, self._part)
 
     def _part(
         self, site: FeatureSite, inner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -92,6 +83,29 @@ class SiteTaps:
         if site.part == "hidden":  # whichever denoiser runs
             return index + 1 in self._lasts
         return index + 1 == site.last
+
+
+def around_sites(
+    seen: Observation,
+    sites: Sequence[FeatureSite],
+    paths: Mapping[str, str],
+    around_block: Callable[..., Any],
+    around_part: Callable[..., Any],
+) -> dict[str, Handler]:
+    """Taps for the blocks in `paths` and for those of their parts that are among `sites`.
+
+    The functions get the index of the block, or the site, before what a tap's handler gets.
+    """
+    found: dict[str, Handler] = {}
+    for index, block in enumerate(seen.spec.blocks):
+        if block.path not in paths:
+            continue
+        found[paths[block.path]] = partial(around_block, index)
+        for part in block.parts:
+            site = FeatureSite(part=part.name, first=index, last=index + 1)
+            if site in sites:
+                found[f"{paths[block.path]}.{part.path}"] = partial(around_part, site)
+    return found
 
 
 def _first(output: Any, found: list[Tensor] | None) -> Any:
