@@ -48,6 +48,7 @@ def profile_features(
     from cacheplan.measuring import check_division, measure
     from cacheplan.profilers.feature_ablation import whole_site
     from cacheplan.profilers.feature_collect import collect_features, feature_sites
+    from cacheplan.profilers.feature_gradients import check_gradients
     from cacheplan.profilers.feature_prompts import digest
     from cacheplan.profilers.settings import FeatureSettings
 
@@ -59,6 +60,8 @@ def profile_features(
     seen = observe(opened.pipe, {**opened.call, **texts[0].call}, opened.name)
     spec = seen.spec
     check_worth(spec)
+    if gradients:
+        check_gradients(seen)
     kept = FeatureSettings(
         model=spec,
         sites=feature_sites(seen),

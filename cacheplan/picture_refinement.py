@@ -242,7 +242,9 @@ class _Runs:
             self.start, self.first = errors, sum(errors) / len(errors)
             self.order = np.argsort(-np.array(errors), kind="stable").tolist()  # hardest first
             errors = tuple(sorted(errors, reverse=True))
-        found = self._share(errors)  # where it was given up, at least as large as this
+        found = self._share(errors)
+        if len(errors) < len(self.calls):  # given up: it is at least as large as that
+            return max(found, self.value)
         if found < self.value * (1 - WORTH) or self.value == math.inf:
             self.best, self.value, self.reached = computed, found, sum(errors) / len(self.calls)
         return found

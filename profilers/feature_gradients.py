@@ -8,8 +8,8 @@ run for each.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
@@ -79,6 +79,27 @@ class GradientTaps:
         self.values[site] = [value.detach() for value in values]
 
 
+def check_gradients(seen: Observation) -> None:
+    """UnsupportedError for UNets: what enters their blocks is not known here."""
+    if not seen.streams:
+        raise UnsupportedError(
+            f"{seen.spec.architecture} has no transformer blocks whose gradients are known here: "
+            "profile without --gradients."
+        )
+
+
+@contextmanager
+def _following() -> Iterator[None]:
+    """What torch says where it can take no gradient, or has no memory for it, as one sentence."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = str(error).split("\n")[0].rstrip(".")
+        raise UnsupportedError(
+            f"No gradient can be taken of this denoiser ({reason}): profile without --gradients."
+        ) from error
+
+
 def gradient_changes(
     pipe: Any,
     seen: Observation,
@@ -95,11 +116,7 @@ def gradient_changes(
     optimizer.  Raises UnsupportedError for UNets and where no gradient can be taken.
     """
     spec = seen.spec
-    if not seen.streams:
-        raise UnsupportedError(
-            f"{spec.architecture} has no transformer blocks whose gradients are known here: "
-            "profile without --gradients."
-        )
+    check_gradients(seen)
     taps = GradientTaps(seen, sites)
     found = np.zeros((len(sites), spec.steps))
     before: dict[str, dict[FeatureSite, list[Tensor]]] = {}  # by branch
@@ -107,7 +124,7 @@ def gradient_changes(
 
     def on_call(loop: Loop, inner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         taps.forget()
-        with torch.enable_grad():
+        with _following(), torch.enable_grad():
             output = inner(*args, **kwargs)
             delta = model_delta(loop.module, output, args, kwargs)
         old = before.get(loop.branch, {})
@@ -144,16 +161,10 @@ def squares(
     found = dict.fromkeys(points, 0.0)
     for draw in range(draws):
         r = torch.randint(2, output.shape, generator=signs).to(output) * 2 - 1
-        try:
+        with _following():
             gradients = torch.autograd.grad(
                 output, flat, r, retain_graph=draw + 1 < draws, allow_unused=True
             )
-        except RuntimeError as error:
-            reason = str(error).split("\n")[0].rstrip(".")
-            raise UnsupportedError(
-                f"No gradient can be taken of this denoiser ({reason}): profile without "
-                "--gradients."
-            ) from error
         left = iter(gradients)
         for site, group in moves.items():
             product = sum(

@@ -114,9 +114,9 @@ class DryRun:
             for part, kind in parts.items():
                 found[f"{path}.{part}"] = partial(self._part, seen, path, part)
                 if kind == "cross_attention":
-                    for name in text_projections(denoiser, f"{path}.{part}"):
-                        tap = partial(self._projection, seen, path, part, name)
-                        found[f"{path}.{part}.{name}"] = tap
+                    for own in text_projections(denoiser, f"{path}.{part}"):
+                        tap = partial(self._projection, seen, path, part, own)
+                        found[f"{path}.{part}.{own}"] = tap
         for path in linears_outside(denoiser, block_paths(denoiser)):
             found[path] = partial(self._reader, path)
         return found
@@ -187,7 +187,7 @@ class DryRun:
     ) -> Any:
         own = seen[path].parts[part].parts.setdefault(name, Seen())
         output = self._count(own, inner, args, kwargs)
-        own.given += latent(inner, args, kwargs).numel()
+        own.given += given(args, kwargs).numel()
         own.size += output.numel()
         return output
 

@@ -6,9 +6,21 @@ spends the budget is found, so that methods compare at equal computation.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from cacheplan.types import FeatureRecipe, Gate
 
 _BITS = "Liu et al. 2025, arXiv 2503.01323 (linear layers of the blocks, and those behind)"
+_CACHEQUANT = FeatureRecipe(
+    name="cachequant",
+    summary="dynamic programming over drift, then a least squares fit of every channel",
+    paper="Liu et al. 2025, arXiv 2503.01323 (schedule and cache correction, full precision)",
+    sites="whole",
+    schedule="path",
+    cost="l1",
+    segment=(0.5, 2.0),
+    correction="channel",
+)
 _ROWS = (
     FeatureRecipe(
         name="planned",
@@ -52,36 +64,19 @@ _ROWS = (
         cost="l1",
         protect_last=True,
     ),
-    FeatureRecipe(
-        name="cachequant",
-        summary="dynamic programming over drift, then a least squares fit of every channel",
-        paper="Liu et al. 2025, arXiv 2503.01323 (schedule and cache correction, full precision)",
-        sites="whole",
-        schedule="path",
-        cost="l1",
-        segment=(0.5, 2.0),
-        correction="channel",
-    ),
-    FeatureRecipe(
+    _CACHEQUANT,
+    replace(
+        _CACHEQUANT,
         name="cachequant_w8a8",
         summary="cachequant with 8 bits in linear layers, simulated: no time or memory is saved",
         paper=_BITS,
-        sites="whole",
-        schedule="path",
-        cost="l1",
-        segment=(0.5, 2.0),
-        correction="channel",
         bits=(8, 8),
     ),
-    FeatureRecipe(
+    replace(
+        _CACHEQUANT,
         name="cachequant_w4a8",
         summary="the same with weights in 4 bits, simulated: no time or memory is saved",
         paper=_BITS,
-        sites="whole",
-        schedule="path",
-        cost="l1",
-        segment=(0.5, 2.0),
-        correction="channel",
         bits=(4, 8),
     ),
     FeatureRecipe(

@@ -21,9 +21,7 @@ Floats = NDArray[np.float64]
 Vectors = tuple[tuple[float, ...], ...]  # [T][C]
 _DIGITS = 6
 _WIDTH = 3  # standard deviations over prompts
-_READERS = (
-    8  # bits of layers behind the last block, as of first and last layers in the paper's code
-)
+_READERS = 8  # bits of weights behind the last block, as of the last layers in the paper's code
 
 
 def linear_entries(profile: FeatureProfile, recipe: FeatureRecipe) -> tuple[LinearEntry, ...]:

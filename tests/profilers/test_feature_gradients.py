@@ -116,3 +116,10 @@ def test_experts_and_unets(tiny_pipeline: Any) -> None:
     seen = observe(pipe, call)
     with pytest.raises(UnsupportedError, match=r"no transformer blocks .*: profile without --grad"):
         gradient_changes(pipe, seen, call, PROMPT, feature_sites(seen))
+
+
+def test_what_has_no_gradient_is_refused_in_a_sentence() -> None:
+    site = FeatureSite(part="attention", first=0, last=1)
+    point = torch.zeros(2, requires_grad=True)
+    with pytest.raises(UnsupportedError, match=r"^No gradient can be taken .*: profile without"):
+        squares(torch.zeros(2), {site: [point]}, {site: [point]}, 1, torch.Generator())

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cacheplan.adapters.linears import given
 from cacheplan.errors import UnsupportedError
 from cacheplan.runtime.features.store import storage_bytes
 from cacheplan.runtime.features.values import Ready
@@ -31,7 +32,7 @@ class TextHandler:
         self.value: Ready | None = None
 
     def __call__(self, inner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self.given = args[0]
+        self.given = given(args, kwargs)
         if self.value is not None:
             return self.value.alone()
         output = inner(*args, **kwargs)
@@ -61,10 +62,10 @@ class Texts:
 
     def collect(self, branch: int, *, first: bool) -> None:
         """A call is over; UnsupportedError if its text was not the one whose keys were used."""
-        given = [handler.given for handler in self.handlers.values()]
+        texts = [handler.given for handler in self.handlers.values()]
         fresh = [handler.fresh for handler in self.handlers.values()]
         self._let_go()
-        text = next(iter(given), None)
+        text = next(iter(texts), None)
         if not first:
             if text is not None and not torch.equal(text, self._given[branch]):
                 raise UnsupportedError(
